@@ -1,0 +1,37 @@
+# `make demo` and `make test` need git, make and Python >= 3.11; everything else they bring themselves.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+UV := $(BIN)/uv
+
+.PHONY: demo test test-gpu lint lock clean
+
+demo: $(VENV)/.installed
+	$(BIN)/medpretrain demo $(if $(OUT),--out $(OUT))
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+
+test-gpu: $(VENV)/.installed
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(VENV)/.installed: requirements.lock setup.cfg pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "medpretrain needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet uv==0.13.9
+	$(UV) pip install --python $(BIN)/python --no-build-isolation-package deepspeed -r requirements.lock
+	$(UV) pip install --python $(BIN)/python --no-deps --editable .
+	touch $@
+
+# The pinned versions, for every supported Python; torch and torchvision as the registry ships them, with CUDA.
+lock:
+	$(UV) pip compile --universal --python-version 3.11 --no-emit-index-url --extra train --extra dev --upgrade \
+		setup.cfg --output-file requirements.lock
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

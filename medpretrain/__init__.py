@@ -1,0 +1,1 @@
+"""Large-scale pretraining for medical images: from shards to an evaluated, exported backbone."""

@@ -1,0 +1,1 @@
+"""One file a method: its networks, its loss, what it updates after a step."""
