@@ -1,0 +1,163 @@
+"""The `medpretrain` command. Every subcommand is a thin call into one place, and torch is imported inside those that
+need it: a login node without torch lists recipes, a hospital without it prepares data."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+import data_prep.cli
+from data_prep.errors import UserError
+from medpretrain.recipe_file import dump_recipe, load_recipe, recipe_files
+
+app = typer.Typer(
+    help="Large-scale pretraining for medical images: shards in, an evaluated, exported backbone out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(data_prep.cli.app, name="prep")
+recipes_app = typer.Typer(help="List the shipped recipes, or show one resolved.", invoke_without_command=True)
+app.add_typer(recipes_app, name="recipes")
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, as in optim.lr=3e-4", show_default=False)]
+RecipeName = Annotated[str, typer.Argument(help="a shipped recipe's name, or a .yaml file")]
+RunFolder = Annotated[Path, typer.Argument(help="a run folder")]
+
+
+@recipes_app.callback()
+def recipes(context: typer.Context) -> None:
+    if context.invoked_subcommand is not None:
+        return
+    table = Table("recipe", "method", "backbone", "about", box=None)
+    for name in recipe_files():
+        recipe = load_recipe(name)
+        table.add_row(name, str(recipe.method["name"]), recipe.backbone.name, recipe.about)
+    Console().print(table)
+
+
+@recipes_app.command("show")
+def show(name: RecipeName, overrides: Overrides = None) -> None:
+    """Print a recipe with every default spelled out."""
+    print(dump_recipe(load_recipe(name, overrides or [])), end="")
+
+
+@app.command()
+def train(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    resume: Annotated[
+        str, typer.Option(help="auto: from the newest whole checkpoint of run.dir; never; or a checkpoint's folder")
+    ] = "auto",
+) -> None:
+    """Pretrain a backbone; alone, or under torchrun."""
+    loaded = load_recipe(recipe, overrides or [])
+    from medpretrain.training.loop import train as run_training
+
+    finished = run_training(loaded, resume if resume in ("auto", "never") else Path(resume))  # type: ignore[arg-type]
+    if _leads():
+        print(f"{finished.step} steps done. Checkpoint: {finished.checkpoint}")
+        print(f"next: medpretrain evaluate knn {finished.run} {loaded.data.path} --baseline random")
+        print(f"      medpretrain export {finished.run} OUT")
+
+
+@app.command()
+def evaluate(
+    protocol: Annotated[str, typer.Argument(help="knn or linear")],
+    run: RunFolder,
+    dataset: Annotated[Path, typer.Argument(help="a folder that `medpretrain prep` wrote")],
+    label: Annotated[str, typer.Option(help="the label to predict")] = "class",
+    baseline: Annotated[
+        str | None, typer.Option(help="random: the same for the untrained backbone beside it", show_default=False)
+    ] = None,
+    train_split: str = "train",
+    test_split: str = "test",
+    k: Annotated[int, typer.Option(help="neighbours of kNN")] = 200,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    out: Annotated[
+        Path | None, typer.Option(help="the JSON file; RUN/evaluation/ by default", show_default=False)
+    ] = None,
+) -> None:
+    """Evaluate a run's frozen backbone: accuracy, AUROC and AUPR."""
+    from medpretrain.evaluation.of_run import evaluate_run
+
+    evaluate_run(
+        protocol,
+        run,
+        dataset,
+        label=label,
+        baseline=baseline,
+        train_split=train_split,
+        test_split=test_split,
+        k=k,
+        device=device,
+        out=out,
+    )
+
+
+@app.command()
+def export(
+    run: RunFolder,
+    out: Annotated[Path, typer.Argument(help="the folder to write")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier export")] = False,
+) -> None:
+    """Export a run's backbone so that timm.create_model("local-dir:OUT", pretrained=True) loads it."""
+    from medpretrain.export.of_run import export_run
+
+    export_run(run, out, overwrite=overwrite)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="where everything goes")] = Path("demo"),
+    per_class: Annotated[int, typer.Option(help="images made of each class")] = 48,
+    steps: Annotated[int | None, typer.Option(help="steps of each run instead of the recipes'")] = None,
+) -> None:
+    """The whole road on images made up on the spot: needs no data, no network and no GPU."""
+    from medpretrain.demo import run_demo
+
+    run_demo(out, per_class=per_class, steps=steps)
+
+
+def main() -> None:
+    """The console script: a user's mistake is one line and exit code 2, a run that cannot go on is exit code 1."""
+    logging.basicConfig(
+        level=logging.INFO if _leads() else logging.WARNING,
+        format="%(message)s",
+        handlers=[RichHandler(console=Console(stderr=True), show_path=False, show_time=False)],
+    )
+    for chatty in ("mlflow", "alembic", "httpx", "timm", "nvidia", "matplotlib"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    try:
+        app()
+    except UserError as error:
+        _fail(error, 2)
+    except RuntimeError as error:
+        if type(error).__name__ != "RunFailed":  # its class lives beside torch
+            raise
+        _fail(error, 1)
+
+
+def _fail(error: Exception, code: int) -> None:
+    # Under torchrun every process meets the same error; one line a host is enough.
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        where = f" on {socket.gethostname()}" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+        print(f"error{where}: {error}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _leads() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""Which samples a step sees, as a pure function of (seed, step).
+
+The samples of all epochs form one endless sequence: position p holds a sample of epoch p // N. A step takes the next
+global batch of positions, so no sample of an epoch is dropped, and a batch may reach into the next epoch. A run's place
+in its data is its step number, whatever the number of ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medpretrain.data.counter import hash64, mix64, purpose, uniform
+
+_ROUNDS = 6  # four make a Feistel network a strong pseudorandom permutation (Luby and Rackoff 1988)
+_ORDER = purpose("order")
+_SHARDS = purpose("shards")
+_COUNTERPART = purpose("counterpart")
+
+
+class Places(NamedTuple):
+    """The samples of a stretch of the sequence: `epoch` (B,) and `sample` (B,), both int64."""
+
+    epoch: NDArray[np.int64]
+    sample: NDArray[np.int64]
+
+
+def permute(index: NDArray[np.int64], size: NDArray[np.int64] | int, key: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Where `index` goes in the permutation of range(size) that `key` names, without a table.
+
+    A Feistel network over the next power of four, walked until the result is inside the range (Black and Rogaway
+    2002): O(1) memory an index, for any size.
+
+    Args:
+        index: (B,) values in [0, size).
+        size: one size, or (B,) sizes of at least 1.
+        key: (B,) or scalar; indices that share a key and a size are permuted together.
+
+    >>> sorted(permute(np.arange(10), 10, hash64(3)).tolist()) == list(range(10))
+    True
+    """
+    sizes = np.broadcast_to(np.asarray(size, dtype=np.uint64), index.shape)
+    keys = np.broadcast_to(np.asarray(key, dtype=np.uint64), index.shape)
+    bits = np.ceil(np.log2(np.maximum(sizes, 2).astype(np.float64)) / 2).astype(np.uint64)  # of one half
+    bits += (np.uint64(1) << (np.uint64(2) * bits)) < sizes  # log2 may round down just above a power of four
+    mask = (np.uint64(1) << bits) - np.uint64(1)
+    value = index.astype(np.uint64)
+    walking = np.ones(index.shape, dtype=bool)
+    while walking.any():
+        left, right = value[walking] >> bits[walking], value[walking] & mask[walking]
+        with np.errstate(over="ignore"):
+            for turn in range(_ROUNDS):
+                mixed = mix64(right + mix64(keys[walking] + np.uint64(turn)))
+                left, right = right, left ^ (mixed & mask[walking])
+        value[walking] = (left << bits[walking]) | right
+        walking = value >= sizes
+    return value.astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Order:
+    """The order in which a run sees its samples.
+
+    Args:
+        seed: names the order.
+        samples: N, how many there are.
+        shard_sizes: how many of the N samples each shard holds, in the order of the samples; needed for blocks.
+        block_shards: 0 shuffles each epoch fully. G > 0 shuffles the shards, then the samples within each block of G
+            shards, so that a step reads from few files (for network file systems and object stores).
+    """
+
+    seed: int
+    samples: int
+    shard_sizes: tuple[int, ...] = field(default=(), repr=False)
+    block_shards: int = 0
+
+    def __post_init__(self) -> None:
+        assert self.samples > 0
+        assert self.block_shards == 0 or sum(self.shard_sizes) == self.samples
+
+    def places(self, start: int, count: int) -> Places:
+        """The samples at positions start .. start + count of the endless sequence."""
+        position = np.arange(start, start + count, dtype=np.int64)
+        epoch, index = np.divmod(position, self.samples)
+        if self.block_shards == 0:
+            return Places(epoch, permute(index, self.samples, hash64(self.seed, _ORDER, epoch)))
+        sample = np.empty_like(index)
+        for one in np.unique(epoch):
+            here = epoch == one
+            sample[here] = self._within_blocks(int(one), index[here])
+        return Places(epoch, sample)
+
+    def step(self, step: int, global_batch: int) -> Places:
+        """The global batch of a step, counted from 0."""
+        return self.places(step * global_batch, global_batch)
+
+    def _within_blocks(self, epoch: int, index: NDArray[np.int64]) -> NDArray[np.int64]:
+        shards, starts_here, block_edges = _shuffled_shards(self, epoch)
+        block = np.searchsorted(block_edges, index, side="right") - 1
+        first, end = block_edges[block], block_edges[block + 1]
+        place = first + permute(index - first, end - first, hash64(self.seed, _ORDER, epoch, block))
+        turn = np.searchsorted(starts_here, place, side="right") - 1
+        first_of_shard = np.concatenate(([0], np.cumsum(self.shard_sizes)))[:-1]
+        return first_of_shard[shards[turn]] + place - starts_here[turn]
+
+
+@lru_cache(maxsize=4)
+def _shuffled_shards(order: Order, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """The epoch's order of shards, where each begins in it, and the edges of the blocks."""
+    number = np.arange(len(order.shard_sizes))
+    shards = np.argsort(hash64(order.seed, _SHARDS, epoch, number), kind="stable")
+    edges = np.concatenate(([0], np.cumsum(np.asarray(order.shard_sizes, dtype=np.int64)[shards])))
+    block_edges = np.append(edges[:-1][:: order.block_shards], edges[-1])
+    return shards, edges[:-1], block_edges
+
+
+def counterparts(seed: int, step: int, count: int) -> NDArray[np.int64]:
+    """For each image of a global batch another image of it: one random cycle through all, so no image meets itself.
+
+    Raises:
+        ValueError: fewer than two images.
+
+    >>> partner = counterparts(seed=0, step=3, count=5)
+    >>> sorted(partner.tolist()), bool((partner == np.arange(5)).any())
+    ([0, 1, 2, 3, 4], False)
+    """
+    if count < 2:
+        raise ValueError("a counterpart needs a global batch of at least two images")
+    cycle = np.argsort(uniform(seed, _COUNTERPART, step, np.arange(count)), kind="stable")
+    partner = np.empty(count, dtype=np.int64)
+    partner[cycle] = np.roll(cycle, -1)
+    return partner

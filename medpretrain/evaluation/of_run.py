@@ -1,0 +1,63 @@
+"""`medpretrain evaluate`: a run's backbone on a dataset, beside the same backbone untrained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from data_prep.dataset import Dataset
+from data_prep.errors import UserError, nearest
+from medpretrain.evaluation.evaluate import Result, evaluate
+from medpretrain.evaluation.report import show, write_json
+from medpretrain.training.build import build_backbone, from_scratch, load_run
+
+
+def evaluate_run(
+    protocol: str,
+    run: Path,
+    dataset: Path,
+    *,
+    label: str = "class",
+    baseline: str | None = None,
+    train_split: str = "train",
+    test_split: str = "test",
+    k: int = 200,
+    device: str = "auto",
+    out: Path | None = None,
+) -> dict[str, Result]:
+    """Evaluate, print a table and write the JSON file beside the run.
+
+    Returns:
+        `trained` and, with a baseline, `random`.
+
+    Raises:
+        UserError: an unknown protocol or baseline, no run, no dataset, a split or label it lacks.
+    """
+    if baseline not in (None, "random"):
+        raise UserError(f"there is no baseline {baseline!r}{nearest(str(baseline), ['random'])}")
+    trained = load_run(run)
+    data = Dataset.open(dataset)
+    where = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
+    backbones = {"trained": trained.backbone}
+    if baseline == "random":
+        backbones["random"] = build_backbone(from_scratch(trained.recipe))
+    results = {
+        name: evaluate(
+            protocol,  # type: ignore[arg-type] # an unknown one is refused there
+            backbone.to(where),
+            data,
+            trained.preprocessing,
+            label=label,
+            device=where,
+            train_split=train_split,
+            test_split=test_split,
+            k=k,
+        )
+        for name, backbone in backbones.items()
+    }
+    path = out or run / "evaluation" / f"{protocol}-{label}-{data.sha256[:8]}.json"
+    about = {"recipe": trained.recipe.name, "recipe_sha256": trained.recipe.sha256, "step": trained.info.step}
+    write_json(path, results, about)
+    show(results, path)
+    return results

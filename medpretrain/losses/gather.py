@@ -1,0 +1,47 @@
+"""The only place where embeddings cross ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (grad,) = grads
+        # Every rank's loss reaches every row: the gradients are summed before each rank takes its own rows.
+        total = grad.contiguous()
+        dist.all_reduce(total)
+        return total.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def gather(x: Tensor) -> Tensor:
+    """All ranks' rows in rank order, (world * n, ...), with the exact gradient of the sum of all ranks' losses.
+
+    DistributedDataParallel averages gradients over ranks, so when each rank's loss is the mean over its own rows the
+    parameters get the gradient of the mean over the global batch.
+    """
+    return x if world_size() == 1 else _Gather.apply(x)
+
+
+def mean_over_ranks(x: Tensor) -> Tensor:
+    """The mean of a tensor without gradient over equal ranks; the same bits on each."""
+    if world_size() > 1:
+        x = x.clone()
+        dist.all_reduce(x)
+        x /= dist.get_world_size()
+    return x

@@ -1,0 +1,24 @@
+"""Teachers that follow a student."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+
+def frozen_copy(module: nn.Module) -> nn.Module:
+    """A copy with the same weights that no optimizer will see."""
+    return copy.deepcopy(module).requires_grad_(False)
+
+
+@torch.no_grad()
+def follow(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    """teacher <- momentum * teacher + (1 - momentum) * student, for parameters.
+
+    Buffers stay: a teacher that sees its own views keeps its own BatchNorm statistics, as DINO's and MoCo's do.
+    """
+    ours, theirs = list(teacher.parameters()), list(student.parameters())
+    assert len(ours) == len(theirs)
+    torch._foreach_lerp_(ours, theirs, 1 - momentum)

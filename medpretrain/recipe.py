@@ -1,0 +1,179 @@
+"""What a YAML file in `configs/` may say: typed and strict, so that a typing error costs a second and not a week.
+
+Imports no torch: a recipe can be read and shown where none is installed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Le
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from medpretrain.data.views import View
+
+Fraction = Annotated[float, Ge(0), Le(1)]
+Positive = Annotated[float, Gt(0)]
+NotNegative = Annotated[float, Ge(0)]
+Count = Annotated[int, Ge(1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Data(_Section):
+    path: str | None = None
+    """The folder that `medpretrain prep` wrote."""
+    split: str = "train"
+    channels: Literal[1, 3] = 3
+    labels: tuple[str, ...] = ()
+    """Label kinds that the method learns from."""
+    mean: tuple[float, ...] | None = None
+    """Of intensities in 0..1, a value a channel; the dataset's own where not given."""
+    std: tuple[Positive, ...] | None = None
+    block_shards: Annotated[int, Ge(0)] = 0
+    """0 shuffles fully; G shuffles shards, then samples within blocks of G shards."""
+    threads: Count | None = None
+    """Decoding threads a process; by default its share of the cores."""
+    trace: bool = False
+    """Write the samples and augmentations that each rank saw to the run folder."""
+
+    @model_validator(mode="after")
+    def _normalisation(self) -> Data:
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("mean and std are given together or not at all")
+        for values in (self.mean, self.std):
+            if values is not None and len(values) != self.channels:
+                raise ValueError(f"mean and std need one value for each of the {self.channels} channels")
+        return self
+
+
+class Backbone(_Section):
+    name: str
+    """Any timm architecture."""
+    stem: Literal["timm", "3x3"] = "timm"
+    """3x3: a ResNet's first convolution has a 3x3 kernel and stride 1."""
+    pretrained: bool = False
+    drop_path: Fraction = 0.0
+
+
+class Optim(_Section):
+    name: Literal["sgd", "adamw", "lars"]
+    lr: Positive
+    lr_batch: Count | None = None
+    """If given, `lr` holds for this global batch and grows in proportion to it."""
+    momentum: Fraction = 0.9
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    weight_decay: NotNegative = 0.0
+    final_weight_decay: NotNegative | None = None
+    """Reached at the end, on a cosine."""
+    warmup: Fraction = 0.0
+    """Part of all steps in which the learning rate rises linearly."""
+    warmup_lr: NotNegative = 0.0
+    final_lr: NotNegative = 0.0
+    """Reached at the end, on a cosine."""
+    clip: Positive | None = None
+    """Largest gradient norm."""
+    clip_each: bool = False
+    """Clip each parameter by itself (DINO) instead of all together."""
+
+    def scaled(self, global_batch: int) -> float:
+        """The learning rate at a global batch."""
+        return self.lr * global_batch / self.lr_batch if self.lr_batch else self.lr
+
+
+class Train(_Section):
+    steps: Count | None = None
+    epochs: Positive | None = None
+    global_batch: Count
+    micro_batches: Count = 1
+    """Forward passes a step on each process; the loss still sees all its embeddings together."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    deterministic: bool = False
+    sync_batchnorm: bool = True
+    """BatchNorm over the global batch and not a process's part."""
+    threads: Count | None = None
+    """CPU threads of a process for torch; by default its share of the cores."""
+    checkpoint_every: Count = 500
+    """Steps; the last one always has a checkpoint."""
+    keep: Count = 3
+    log_every: Count = 10
+
+    @model_validator(mode="after")
+    def _length(self) -> Train:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give either steps or epochs")
+        return self
+
+
+class Run(_Section):
+    dir: str | None = None
+    """Where checkpoints and metrics go; runs/NAME by default."""
+
+
+class Tracking(_Section):
+    uri: str | None = None
+    """An MLflow tracking URI, or `none`; by default MLFLOW_TRACKING_URI, then mlflow.db beside the run folder."""
+    experiment: str = "medpretrain"
+
+
+class Recipe(_Section):
+    """Everything a run depends on, but for the data itself."""
+
+    name: str
+    about: str = ""
+    seed: Annotated[int, Ge(0)] = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    data: Data = Data()
+    backbone: Backbone
+    views: dict[str, View]
+    method: dict[str, Any]
+    """`name`, and the options of that method."""
+    optim: Optim
+    train: Train
+    run: Run = Run()
+    tracking: Tracking = Tracking()
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.run.dir or f"runs/{self.name}")
+
+    def resolved(self) -> dict[str, Any]:
+        """Plain data, every default spelled out."""
+        return self.model_dump(mode="json")
+
+    def identity(self) -> dict[str, str | int | float | bool | None]:
+        """The resolved values that decide what is trained, by dotted key.
+
+        Left out is what may change between a run and its resumption: where data, run and tracker are (the data's
+        identity is its own hash), device, threads, and how often is logged and saved.
+        """
+        changeable = ("about", "run.", "tracking.", "device", "data.path", "data.threads", "data.trace")
+        changeable += ("train.threads", "train.checkpoint_every", "train.keep", "train.log_every", "train.micro_batches")
+        return {key: value for key, value in flatten(self.resolved()) if not key.startswith(changeable)}
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
+
+
+def flatten(data: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and scalar values of nested mappings and lists.
+
+    >>> dict(flatten({"a": {"b": [1, 2]}}))
+    {'a.b.0': 1, 'a.b.1': 2}
+    """
+    if isinstance(data, Mapping):
+        children: Iterable[tuple[Any, Any]] = data.items()
+    elif isinstance(data, list | tuple):
+        children = enumerate(data)
+    else:
+        yield key, data
+        return
+    for name, value in children:
+        yield from flatten(value, f"{key}.{name}" if key else str(name))

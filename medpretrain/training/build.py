@@ -1,0 +1,107 @@
+"""From a recipe to its networks, fresh or as a checkpoint left them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypedDict
+
+import torch
+from torch import nn
+
+from data_prep.dataset import Dataset
+from data_prep.errors import UserError
+from medpretrain.methods import method_class
+from medpretrain.methods.base import Method
+from medpretrain.models.backbones import create_backbone
+from medpretrain.models.preprocessing import Preprocessing
+from medpretrain.recipe import Recipe
+from medpretrain.recipe_file import read_recipe
+from medpretrain.training import checkpoint
+from medpretrain.training.checkpoint import CheckpointInfo
+
+
+def build_backbone(recipe: Recipe) -> nn.Module:
+    """The recipe's backbone with its initial weights, from the recipe's seed."""
+    torch.manual_seed(recipe.seed)
+    return create_backbone(
+        recipe.backbone.name,
+        channels=recipe.data.channels,
+        stem=recipe.backbone.stem,
+        image_size=image_size(recipe),
+        pretrained=recipe.backbone.pretrained,
+        drop_path=recipe.backbone.drop_path,
+    )
+
+
+def label_sizes(recipe: Recipe, dataset: Dataset) -> dict[str, int]:
+    """How many classes each label kind of the recipe has.
+
+    Raises:
+        UserError: the dataset lacks one.
+    """
+    return {name: len(dataset.label_names(name)) for name in recipe.data.labels}
+
+
+def build_method(recipe: Recipe, sizes: Mapping[str, int]) -> Method:
+    """The recipe's method with its initial weights.
+
+    Raises:
+        UserError: a backbone timm does not know.
+    """
+    method = method_class(recipe.method["name"])
+    options = method.options.model_validate_json(json.dumps(recipe.method), strict=True)
+    return method(options, build_backbone(recipe), sizes)
+
+
+def image_size(recipe: Recipe) -> int:
+    """The pixels a side at which the backbone sees whole images: those of the method's first kind of view."""
+    return recipe.views[method_class(recipe.method["name"]).view_names[0]].size
+
+
+class DatasetFacts(TypedDict):
+    """What a checkpoint keeps of its dataset, which may be out of reach when the backbone is used."""
+
+    bit_depth: int
+    splits: dict[str, int]
+    label_sizes: dict[str, int]
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """What a run has come to: its recipe, its newest whole checkpoint, and the backbone in it."""
+
+    recipe: Recipe
+    info: CheckpointInfo
+    backbone: nn.Module
+    preprocessing: Preprocessing
+    dataset: DatasetFacts
+
+
+def load_run(run: Path) -> TrainedRun:
+    """The backbone of a run, or of one of its checkpoints.
+
+    Raises:
+        UserError: no run there, or no whole checkpoint in it.
+    """
+    single = (run / checkpoint.MANIFEST).is_file()
+    path = run if single else checkpoint.newest(run)
+    if path is None:
+        raise UserError(f"{run} holds no whole checkpoint; a run folder has them in {run / 'checkpoints'}")
+    state, info = checkpoint.load(path)
+    recipe = read_recipe(info.recipe)
+    dataset: DatasetFacts = state["dataset"]
+    method = build_method(from_scratch(recipe), dataset["label_sizes"])
+    method.load_state_dict(state["method"])
+    assert recipe.data.mean is not None and recipe.data.std is not None
+    preprocessing = Preprocessing(
+        image_size(recipe), recipe.data.channels, recipe.data.mean, recipe.data.std, bit_depth=dataset["bit_depth"]
+    )
+    return TrainedRun(recipe, info, method.exported.eval(), preprocessing, dataset)
+
+
+def from_scratch(recipe: Recipe) -> Recipe:
+    """The recipe without pretrained weights, for networks whose weights come from elsewhere."""
+    return recipe.model_copy(update={"backbone": recipe.backbone.model_copy(update={"pretrained": False})})

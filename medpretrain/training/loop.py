@@ -1,0 +1,292 @@
+"""A run from its recipe to its last checkpoint."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from data_prep.dataset import Dataset
+from data_prep.errors import UserError
+from medpretrain.data.batches import Share, Stream, dataset_normalisation
+from medpretrain.models.batchnorm import use_global_batchnorm
+from medpretrain.recipe import Recipe, flatten
+from medpretrain.recipe_file import dump_recipe, read_recipe
+from medpretrain.training import checkpoint
+from medpretrain.training.build import DatasetFacts, build_method, label_sizes
+from medpretrain.training.checkpoint import CheckpointInfo
+from medpretrain.training.display import Display
+from medpretrain.training.metrics_log import MetricsLog
+from medpretrain.training.process import Process, joined
+from medpretrain.training.tracking import Tracker
+from medpretrain.training.trainer import Trainer, mean_loss
+
+_log = logging.getLogger(__name__)
+
+Resume = Literal["auto", "never"] | Path
+
+RECIPE_FILE, METRICS_FILE = "recipe.yaml", "metrics.jsonl"
+COLLAPSE = 0.05
+"""Feature std below which the display warns; an untrained ResNet has about 0.2 to 0.5."""
+
+
+class RunFailed(RuntimeError):
+    """Training cannot go on; the message names the cause, the step and how to resume."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Where a run ended."""
+
+    run: Path
+    step: int
+    checkpoint: Path
+
+
+def train(recipe: Recipe, resume: Resume = "auto") -> Finished:
+    """Train what the recipe says, from the newest committed checkpoint of its run folder if there is one.
+
+    Args:
+        resume: `auto`; `never`, which refuses a folder that has checkpoints; or one checkpoint's folder.
+
+    Raises:
+        UserError: no dataset, a backbone timm does not know, a checkpoint of another recipe or dataset, ...: before
+            anything is written.
+        RunFailed: a loss that is not finite.
+    """
+    if recipe.data.path is None:
+        raise UserError("the recipe names no dataset; give one, as in data.path=shards/fundus")
+    with joined(recipe.device) as process, ExitStack() as stack:
+        _configure(recipe, process)
+        dataset = Dataset.open(Path(recipe.data.path))
+        recipe = with_normalisation(recipe, dataset)
+        stream = build_stream(recipe, dataset, process)
+        total = recipe.train.steps or math.ceil((recipe.train.epochs or 0) * stream.steps_per_epoch)
+        about = CheckpointInfo(dump_recipe(recipe), recipe.sha256, dataset.sha256, process.world)
+        facts = DatasetFacts(
+            bit_depth=dataset.bit_depth, splits=dict(dataset.info.splits), label_sizes=label_sizes(recipe, dataset)
+        )
+        method = build_method(recipe, facts["label_sizes"]).to(process.device)
+        if process.world > 1 and recipe.train.sync_batchnorm:
+            use_global_batchnorm(method, process.device)
+        trainer = Trainer(method, recipe, process, total=total, steps_per_epoch=stream.steps_per_epoch)
+
+        start_from = process.agreed(lambda: _start_from(recipe, resume, about))
+        step = 0
+        if start_from is not None:
+            state, info = checkpoint.load(start_from, map_location=process.device)
+            _refuse_other(recipe, info, about, start_from)
+            trainer.load_state_dict(state)
+            step = info.step
+            del state
+        run = recipe.run_dir
+        if process.leads:
+            run.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_only_writer(run))
+            (run / RECIPE_FILE).write_text(about.recipe)
+        process.agreed(lambda: None)  # the folder is there for all
+        reporter = stack.enter_context(_reporting(recipe, run, process, total, step))
+
+        def save(step: int) -> Path:
+            if process.leads:
+                reporter.flush()
+            state = trainer.state_dict() | {"dataset": dict(facts)}
+            return process.agreed(lambda: checkpoint.save(run, step, state, about, recipe.train.keep))
+
+        return _steps(recipe, stream, trainer, reporter, save, step, total)
+
+
+def with_normalisation(recipe: Recipe, dataset: Dataset) -> Recipe:
+    """The recipe with the dataset's own mean and std where it names none, so that they travel with the weights."""
+    if recipe.data.mean is not None:
+        return recipe
+    mean, std = dataset_normalisation(dataset, recipe.data.channels)
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"mean": mean, "std": std})})
+
+
+def build_stream(recipe: Recipe, dataset: Dataset, process: Process) -> Stream:
+    data = recipe.data
+    assert data.mean is not None and data.std is not None
+    return Stream(
+        dataset,
+        recipe.views,
+        split=data.split,
+        seed=recipe.seed,
+        global_batch=recipe.train.global_batch,
+        channels=data.channels,
+        mean=data.mean,
+        std=data.std,
+        device=process.device,
+        threads=data.threads or process.cores,
+        labels=data.labels,
+        block_shards=data.block_shards,
+        share=Share(process.rank, process.world, recipe.train.micro_batches),
+        trace=recipe.run_dir / f"samples-rank{process.rank}.jsonl" if data.trace else None,
+    )
+
+
+def _steps(
+    recipe: Recipe,
+    stream: Stream,
+    trainer: Trainer,
+    reporter: _Reporter,
+    save: Callable[[int], Path],
+    step: int,
+    total: int,
+) -> Finished:
+    run, every = recipe.run_dir, recipe.train
+    committed = checkpoint.newest(run) if step >= total else None
+    if committed is not None:
+        _log.warning("the run in %s has all its %d steps already", run, total)
+        return Finished(run, step, committed)
+    batches = stream.batches(step)
+    try:
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches)
+            reporter.waited(time.perf_counter() - asked)
+            measured = trainer.step(batch)
+            step += 1
+            last = step == total
+            if last or step % every.log_every == 0:
+                loss = mean_loss(measured["loss"])
+                if not math.isfinite(loss):
+                    raise RunFailed(
+                        f"the loss is {loss} at step {step}; the checkpoints in {run} are from before it. A lower "
+                        "optim.lr, a longer optim.warmup or optim.clip are the usual cures"
+                    )
+                reporter.report(step, loss, measured, epoch=step / stream.steps_per_epoch)
+            if last or step % every.checkpoint_every == 0:
+                committed = save(step)
+                if last:
+                    return Finished(run, step, committed)
+    finally:
+        batches.close()
+
+
+def _start_from(recipe: Recipe, resume: Resume, about: CheckpointInfo) -> Path | None:
+    """The checkpoint to go on from; the run folder's state is checked before anything is written into it."""
+    run = recipe.run_dir
+    if isinstance(resume, Path):
+        return resume
+    if run.exists() and not run.is_dir():
+        raise UserError(f"run.dir={run} is a file")
+    if run.is_dir() and any(run.iterdir()) and not (run / RECIPE_FILE).is_file():
+        raise UserError(f"run.dir={run} holds something that is not a run; give another folder")
+    kept = sorted((run / "checkpoints").glob("step-*"))
+    if kept and resume == "never":
+        raise UserError(f"{run} has checkpoints already and --resume never would train over them; set another run.dir")
+    found = checkpoint.newest(run) if kept else None
+    if kept and found is None:
+        raise UserError(f"none of the checkpoints in {run / 'checkpoints'} is whole; move them away to start anew")
+    if found is not None:
+        _refuse_other(recipe, checkpoint.verify(found), about, found)
+    return found
+
+
+def _refuse_other(recipe: Recipe, found: CheckpointInfo, about: CheckpointInfo, path: Path) -> None:
+    if found.recipe_sha256 != about.recipe_sha256:
+        raise UserError(f"{path} is of another recipe: {_difference(recipe, found)}; set another run.dir")
+    if found.dataset_sha256 != about.dataset_sha256:
+        raise UserError(
+            f"{path} is of another dataset ({found.dataset_sha256[:12]}, and data.path={recipe.data.path} has "
+            f"{about.dataset_sha256[:12]}); set another run.dir"
+        )
+
+
+def _difference(recipe: Recipe, found: CheckpointInfo) -> str:
+    ours, theirs = recipe.identity(), read_recipe(found.recipe).identity()
+    keys = [key for key in {**theirs, **ours} if ours.get(key) != theirs.get(key)]
+    shown = [f"{key} was {theirs.get(key)!r} and is {ours.get(key)!r}" for key in keys[:4]]
+    return ", ".join(shown) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
+
+
+def _configure(recipe: Recipe, process: Process) -> None:
+    torch.manual_seed(recipe.seed)  # the same initial weights on every rank
+    torch.set_num_threads(recipe.train.threads or process.cores)
+    if recipe.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = not recipe.train.deterministic
+
+
+@contextmanager
+def _only_writer(run: Path) -> Iterator[None]:
+    """Two runs never write into one folder.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    with (run / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is training in {run}") from None
+        yield
+
+
+class _Reporter:
+    """Rank 0's voice: metrics.jsonl first, then the display; the tracker follows the file."""
+
+    def __init__(self, recipe: Recipe, start: int) -> None:
+        self._batch = recipe.train.global_batch
+        self._step, self._time, self._waited = start, time.perf_counter(), 0.0
+        self.log: MetricsLog | None = None
+        self.display: Display | None = None
+
+    def waited(self, seconds: float) -> None:
+        self._waited += seconds
+
+    def report(self, step: int, loss: float, measured: dict[str, Any], epoch: float) -> None:
+        now = time.perf_counter()
+        if self.log is not None and self.display is not None:
+            seconds = now - self._time
+            row = {
+                "step": step,
+                "epoch": round(epoch, 4),
+                "loss": loss,
+                "lr": measured["lr"],
+                "grad_norm": float(measured["grad_norm"]),
+                "feature_std": float(measured["feature_std"]),
+                "images_per_second": (step - self._step) * self._batch / seconds,
+                "data_wait": self._waited / seconds,
+            }
+            self.log.append(row)
+            self.display.update(row)
+        self._step, self._time, self._waited = step, now, 0.0
+
+    def flush(self) -> None:
+        """Metrics reach the disk before the checkpoint that follows them."""
+        if self.log is not None:
+            self.log.sync()
+
+
+@contextmanager
+def _reporting(recipe: Recipe, run: Path, process: Process, total: int, start: int) -> Iterator[_Reporter]:
+    reporter = _Reporter(recipe, start)
+    if not process.leads:
+        yield reporter
+        return
+    with ExitStack() as stack:
+        reporter.log = stack.enter_context(MetricsLog(run / METRICS_FILE))
+        reporter.log.truncate_after(start)
+        tracker = Tracker(
+            run,
+            recipe.tracking.uri,
+            recipe.tracking.experiment,
+            recipe.name,
+            {key: str(value) for key, value in flatten(recipe.resolved())} | {"recipe_sha256": recipe.sha256},
+            [run / RECIPE_FILE],
+        )
+        stack.callback(tracker.close, timeout_s=30.0)
+        reporter.display = stack.enter_context(Display(total, start=start, collapse_below=COLLAPSE))
+        yield reporter
