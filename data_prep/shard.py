@@ -89,7 +89,8 @@ class ShardWriter:
             image: the encoded image.
             record: the sample's JSON.
         """
-        assert KEY.fullmatch(key) and extension in EXTENSIONS, (key, extension)
+        assert KEY.fullmatch(key), key
+        assert extension in EXTENSIONS, extension
         image_name = f"{key}.{extension}"
         record_name = f"{key}.json"
         chunk = b"".join(
@@ -104,7 +105,9 @@ class ShardWriter:
         )
         offset = self._size + BLOCK
         record_offset = offset + len(image) + len(_PADDING[len(image) % BLOCK]) + BLOCK
-        self._lines.append(index_line(Member(image_name, offset, len(image)), Member(record_name, record_offset, len(record))))
+        self._lines.append(
+            index_line(Member(image_name, offset, len(image)), Member(record_name, record_offset, len(record)))
+        )
         self._file.write(chunk)
         self._sha256.update(chunk)
         self._size += len(chunk)
