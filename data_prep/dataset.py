@@ -135,7 +135,8 @@ def file_sha256(path: Path) -> str:
 
 def index_schema(labels: Sequence[str]) -> pa.Schema:
     """The columns of index.parquet: the fixed ones, then `label.NAME` for each label (int32, -1 unknown)."""
-    return pa.schema([*_INDEX_FIELDS, *(pa.field(LABEL_PREFIX + name, pa.int32(), nullable=False) for name in labels)])
+    fields = [pa.field(LABEL_PREFIX + name, pa.int32(), nullable=False) for name in sorted(labels)]
+    return pa.schema([*_INDEX_FIELDS, *fields])
 
 
 def write_dataset(

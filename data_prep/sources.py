@@ -80,6 +80,9 @@ def open_source(path: Path, label_columns: Sequence[str] | None = None) -> Sourc
                 raise UserError(f"--label-column: {path} has no label column {name!r}{nearest(name, source.labels)}")
         source = replace(source, labels={name: source.labels[name] for name in label_columns})
     for name, column in source.labels.items():
+        for value in column.names:
+            if not value.isprintable():
+                raise UserError(f"{path}: label {name!r}: the value {value!r} is not printable UTF-8 text")
         _refuse_identifiers(name, column, path)
     return source
 
@@ -171,8 +174,10 @@ def _walk(folder: Path, prefix: str, above: tuple[tuple[int, int], ...]) -> Iter
                 continue
             if entry.is_dir():
                 yield from _walk(folder / entry.name, f"{prefix}{entry.name}/", (*above, here))
-            else:
+            elif entry.is_file() or entry.is_symlink():  # a link to nowhere is quarantined as unreadable
                 yield prefix + entry.name
+            else:
+                raise UserError(f"{folder / entry.name} is neither a file nor a folder")
 
 
 # Manifest
@@ -325,7 +330,8 @@ def npz_shape(archive: zipfile.ZipFile, split: str, path: Path) -> tuple[int, ..
     colour = len(shape) == 4 and shape[3] == 3
     if fortran or not ((gray and dtype in (np.uint8, np.uint16)) or (colour and dtype == np.uint8)) or 0 in shape[1:]:
         raise UserError(
-            f"{path}: {split}_images is {dtype} {shape}; it must be uint8 (N, H, W) or (N, H, W, 3), or uint16 (N, H, W)"
+            f"{path}: {split}_images is {dtype} {shape}; it must be uint8 (N, H, W) or (N, H, W, 3), "
+            "or uint16 (N, H, W)"
         )
     return tuple(shape)
 
