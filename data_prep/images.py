@@ -125,7 +125,7 @@ def prepare(
         task = Task(images.kind, root, staging.folder / SHARDS, resize, trust_images, names)
         jobs = plan.jobs(images, TRUSTED_MEASURE if trust_images else None)
         results: list[ShardResult] = []
-        with contextlib.closing(_run(task, jobs, workers, len(images), on_progress)) as running:
+        with contextlib.closing(_run(task, jobs, min(workers, len(plan.bounds)), len(images), on_progress)) as running:
             for result in running:
                 results.append(result)
                 _refuse_mixed_depths(results)
