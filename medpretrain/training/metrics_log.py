@@ -1,0 +1,180 @@
+"""What was measured, as JSON lines in the run folder: on local disk before anything else sees it.
+
+A row is one JSON object on one line with `step` (a whole number that never falls from row to row) and `time` (seconds
+since 1970). JSON has no NaN or infinity: they stand there as the strings "nan", "inf" and "-inf" and are read back as
+floats.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TextIO
+
+from data_prep.errors import UserError
+
+_NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+_log = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+
+
+class MetricsLog:
+    """Appends rows to a JSON-lines file; each is with the operating system when `append` returns.
+
+    A line torn by a crash is cut off when the file is opened, with a warning.
+
+    Args:
+        path: the file, made if it is not there; one process writes it.
+
+    Raises:
+        UserError: the file holds a line that is no row.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._last_step = -1
+        if path.exists():
+            _cut_torn_line(path)
+            self._last_step = max((row["step"] for row in read_metrics(path)), default=-1)
+        self._file = self._open()
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Write one row: `step` and any numbers, booleans, strings or None; `time` is filled in if it is missing.
+
+        Raises:
+            TypeError: a value of another type, a tensor for example.
+            OSError: the disk is full or gone.
+        """
+        step = row["step"]
+        assert type(step) is int, f"step is {step!r}"
+        assert step >= self._last_step, f"step {step} after step {self._last_step}: truncate_after comes first"
+        self._file.write(_to_line({"step": step, "time": time.time()} | dict(row)))
+        self._file.flush()
+        self._last_step = step
+
+    def truncate_after(self, step: int) -> None:
+        """Drop the rows of later steps, as a run resumed from `step` measures them again; all or nothing."""
+        rows = [row for row in read_metrics(self._path) if row["step"] <= step]
+        self._file.close()
+        temporary = self._path.with_name(f".tmp-{self._path.name}")
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.writelines(_to_line(row) for row in rows)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self._path)
+        self._file = self._open()
+        self._last_step = rows[-1]["step"] if rows else -1
+
+    def close(self) -> None:
+        """Put the rows on disk and close the file; a second call does nothing."""
+        if not self._file.closed:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _open(self) -> TextIO:
+        return open(self._path, "a", encoding="utf-8")
+
+
+class MetricsTail:
+    """Reads the rows of a file that is still being written, and of one that `truncate_after` replaces meanwhile.
+
+    Args:
+        path: the file; it may not be there yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._restart(-1)
+
+    def _restart(self, inode: int) -> None:
+        self._inode, self._offset, self._line = inode, 0, 0
+        self._position = (-1, 0)
+
+    def read(self, limit: int) -> list[tuple[tuple[int, int], Row]]:
+        """Up to `limit` rows that follow those read before, each with its position (step, nth row of that step).
+
+        Positions grow along the file and are the same in every reading of it. After the file was replaced it is read
+        from its start again: the caller passes over the positions it has dealt with.
+
+        Raises:
+            UserError: a line that is no row; its number is in the message.
+            OSError: the file cannot be read.
+        """
+        rows: list[tuple[tuple[int, int], Row]] = []
+        if not self._path.exists():
+            return rows
+        with open(self._path, "rb") as file:
+            status = os.fstat(file.fileno())
+            if status.st_ino != self._inode or status.st_size < self._offset:
+                self._restart(status.st_ino)
+            file.seek(self._offset)
+            for line in file:
+                if len(rows) == limit or not line.endswith(b"\n"):
+                    break  # a line without its end is still being written
+                row = _from_line(line, self._path, self._line + 1)
+                last, nth = self._position
+                self._position = (row["step"], nth + 1 if row["step"] == last else 1)
+                self._offset += len(line)
+                self._line += 1
+                rows.append((self._position, row))
+        return rows
+
+
+def read_metrics(path: Path) -> list[Row]:
+    """All rows of the file; a last line that is not finished is left out.
+
+    Raises:
+        UserError: the file is not there, or holds a line that is no row; its number is in the message.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except FileNotFoundError as error:
+        raise UserError(f"there are no metrics at {path}") from error
+    return [_from_line(line, path, number) for number, line in enumerate(lines, 1)]
+
+
+def _to_line(row: Row) -> str:
+    safe: Row = {}
+    for name, value in row.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            value = "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
+        elif value is not None and not isinstance(value, (bool, int, float, str)):
+            raise TypeError(f"the metric {name!r} is a {type(value).__name__}; a row takes numbers, strings and None")
+        safe[name] = value
+    return json.dumps(safe, allow_nan=False) + "\n"
+
+
+def _from_line(line: bytes, path: Path, number: int) -> Row:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{path}, line {number}: this is not JSON") from error
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        raise UserError(f"{path}, line {number}: a row needs a whole number as its step")
+    return {name: _NOT_FINITE.get(value, value) if type(value) is str else value for name, value in row.items()}
+
+
+def _cut_torn_line(path: Path) -> None:
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        _log.warning("%s ends in a torn line of %d bytes from a killed run; it is dropped", path, len(data) - whole)
+        os.truncate(path, whole)

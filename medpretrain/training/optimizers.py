@@ -1,0 +1,191 @@
+"""Optimizers with weight decay only where it belongs, LARS, and DINO's clip of each parameter's gradient."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor, nn
+
+from data_prep.errors import UserError, nearest
+
+OptimizerName = Literal["sgd", "adamw", "lars"]
+
+
+def build_optimizer(
+    module_parameters: Iterable[tuple[str, nn.Parameter]],
+    *,
+    name: OptimizerName,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+) -> torch.optim.Optimizer:
+    """An optimizer over two groups: {"decay": True} with weight decay, {"decay": False} without.
+
+    Parameters with at most one dimension (norms, layer scales) and biases are not decayed. Frozen parameters are left
+    out, a shared one counts once, an empty group is dropped. Whoever schedules weight decay writes it to the groups
+    with `decay` alone.
+
+    Args:
+        module_parameters: what `module.named_parameters()` gives.
+        name: "sgd", "adamw" or "lars".
+        lr: learning rate, >= 0.
+        momentum: of sgd and lars; adamw does not read it.
+        weight_decay: of the decayed group; decoupled in adamw, added to the gradient in the other two.
+        betas: of adamw; the other two do not read it.
+
+    Raises:
+        UserError: an unknown name, or nothing to train.
+
+    >>> layer = nn.Linear(3, 2)
+    >>> optimizer = build_optimizer(
+    ...     layer.named_parameters(), name="lars", lr=0.3, momentum=0.9, weight_decay=1e-6, betas=(0.9, 0.999)
+    ... )
+    >>> [(group["decay"], group["weight_decay"], len(group["params"])) for group in optimizer.param_groups]
+    [(True, 1e-06, 1), (False, 0.0, 1)]
+    """
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    seen: set[int] = set()
+    for path, parameter in module_parameters:
+        if not parameter.requires_grad or id(parameter) in seen:
+            continue
+        seen.add(id(parameter))
+        is_plain = parameter.ndim <= 1 or path.rpartition(".")[2] == "bias"
+        (plain if is_plain else decayed).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": weight_decay, "decay": True},
+        {"params": plain, "weight_decay": 0.0, "decay": False},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if not groups:
+        raise UserError("there is nothing to train: every parameter is frozen")
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=momentum)
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, betas=betas)
+    if name == "lars":
+        return Lars(groups, lr=lr, momentum=momentum)
+    raise UserError(f"unknown optimizer {name!r}{nearest(name, ['sgd', 'adamw', 'lars'])}")
+
+
+class Lars(torch.optim.Optimizer):
+    """Layer-wise adaptive rate scaling, algorithm 1 of You et al. 2017, for each parameter w with gradient g:
+
+        local = eta * |w| / (|g| + weight_decay * |w|)        (1 where |w| or |g| is 0)
+        v = momentum * v + lr * local * (g + weight_decay * w)
+        w = w - v
+
+    A group marked {"decay": False} takes plain momentum steps instead: local = 1, no weight decay (BYOL, Barlow Twins).
+    The learning rate stands inside the momentum, as in the paper; some libraries put it outside, which differs while
+    the rate changes.
+
+    Args:
+        params: parameters or groups; a group may carry `lr`, `momentum`, `weight_decay`, `eta`, `decay`.
+        lr: learning rate, >= 0.
+        momentum: from 0 to below 1.
+        weight_decay: >= 0, added to the gradient.
+        eta: the trust coefficient, > 0.
+
+    Raises:
+        UserError: a value outside its range.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        eta: float = 0.001,
+    ) -> None:
+        if not lr >= 0 or not 0 <= momentum < 1 or not weight_decay >= 0 or not eta > 0:
+            raise UserError(
+                "LARS needs lr >= 0, 0 <= momentum < 1, weight_decay >= 0 and eta > 0, "
+                f"not {lr}, {momentum}, {weight_decay} and {eta}"
+            )
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eta": eta, "decay": True}
+        super().__init__(params, defaults)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One update of every parameter that has a gradient; returns what `closure` returns."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for weights in _alike([p for p in group["params"] if p.grad is not None]):
+                self._update(weights, group)
+        return loss
+
+    def _update(self, weights: list[Tensor], group: dict[str, Any]) -> None:
+        grads = [weight.grad for weight in weights if weight.grad is not None]
+        if group["decay"]:
+            decay = group["weight_decay"]
+            weight_norms = torch.stack(torch._foreach_norm(weights))
+            grad_norms = torch.stack(torch._foreach_norm(grads))
+            ratios = group["eta"] * weight_norms / (grad_norms + decay * weight_norms)
+            ratios = torch.where((weight_norms > 0) & (grad_norms > 0), ratios, torch.ones_like(ratios))
+            deltas = torch._foreach_mul(torch._foreach_add(grads, weights, alpha=decay), list(ratios.unbind()))
+            torch._foreach_mul_(deltas, group["lr"])
+        else:
+            deltas = torch._foreach_mul(grads, group["lr"])
+        velocities = []
+        for weight in weights:
+            state = self.state[weight]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(weight)
+            velocities.append(state["momentum_buffer"])
+        torch._foreach_mul_(velocities, group["momentum"])
+        torch._foreach_add_(velocities, deltas)
+        torch._foreach_sub_(weights, velocities)
+
+
+@torch.no_grad()
+def clip_per_parameter_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """Scale each parameter's own gradient to an L2 norm of at most `max_norm`, in place (DINO, Caron et al. 2021).
+
+    g = g * min(1, max_norm / (|g| + 1e-6)) for each parameter alone, unlike a clip of the global norm.
+
+    Args:
+        parameters: those without a gradient are passed over.
+        max_norm: > 0; DINO uses 3.0.
+
+    Returns:
+        The largest norm before the clip, a scalar in float32 that stays on the device of the gradients; 0 for none.
+
+    Raises:
+        UserError: `max_norm` is not positive.
+
+    >>> weight = nn.Parameter(torch.zeros(2))
+    >>> weight.grad = torch.tensor([3.0, 4.0])
+    >>> clip_per_parameter_([weight], max_norm=1.0)
+    tensor(5.)
+    >>> weight.grad
+    tensor([0.6000, 0.8000])
+    """
+    if not max_norm > 0:
+        raise UserError(f"gradients can be clipped to a norm above 0, not to {max_norm}")
+    largest = torch.zeros(())
+    for grads in _alike([parameter.grad for parameter in parameters if parameter.grad is not None]):
+        norms = torch.stack(torch._foreach_norm(grads))
+        scales = (max_norm / (norms + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(grads, list(scales.unbind()))
+        largest = torch.maximum(largest.to(norms.device), norms.max().float())
+    return largest
+
+
+def _alike(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Sort into lists of one device and dtype, since norms are stacked and scaled a list at a time."""
+    lists: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+    for tensor in tensors:
+        lists[tensor.device, tensor.dtype].append(tensor)
+    return list(lists.values())
