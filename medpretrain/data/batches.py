@@ -63,8 +63,17 @@ def dataset_normalisation(dataset: Dataset, channels: int) -> tuple[tuple[float,
     """The dataset's mean and standard deviation of intensities in 0..1, as those of `channels` channels.
 
     From colour to gray the mean is exact and the deviation that of perfectly correlated channels.
+
+    Raises:
+        UserError: preparation did not measure them.
     """
-    mean, std = np.asarray(dataset.info.mean), np.asarray(dataset.info.std)
+    measured = dataset.info.statistics
+    if measured is None:
+        raise UserError(
+            f"{dataset.path} has no mean and std, for it has no train images that were decoded; give data.mean and "
+            "data.std, a value in 0..1 for each channel"
+        )
+    mean, std = np.asarray(measured.mean), np.asarray(measured.std)
     if len(mean) == 3 and channels == 1:
         mean, std = mean @ _LUMA[:, None], std @ _LUMA[:, None]
     if len(mean) == 1 and channels == 3:

@@ -32,7 +32,7 @@ from data_prep.errors import UserError
 
 FORMAT = 1
 _STATE = "state.pt"
-_MANIFEST = "manifest.json"
+MANIFEST = "manifest.json"
 _TEMPORARY = ".tmp-"
 # A step saved again sets the earlier save aside as `.old` for the moment between two renames; a save killed just then
 # leaves it as the only one of its step, so it is read like any other.
@@ -101,7 +101,7 @@ def save(run: Path, step: int, state: Mapping[str, Any], about: CheckpointInfo, 
             torch.save(dict(state), cast("BinaryIO", writer))
             written = writer.finish()
         manifest = dataclasses.asdict(about) | {"format": FORMAT, "step": step, "files": {_STATE: written}}
-        with open(temporary / _MANIFEST, "xb") as file:
+        with open(temporary / MANIFEST, "xb") as file:
             file.write(_manifest_bytes(manifest))
             _fsync(file)
         _fsync_folder(temporary)
@@ -143,7 +143,7 @@ def verify(path: Path) -> CheckpointInfo:
         except OSError as error:
             raise CheckpointError(f"{path / name} cannot be read: {error}") from error
         if digest.hexdigest() != entry["sha256"]:
-            raise CheckpointError(f"{path / name} is damaged: its SHA-256 is not the one in {_MANIFEST}")
+            raise CheckpointError(f"{path / name} is damaged: its SHA-256 is not the one in {MANIFEST}")
     return info
 
 
@@ -182,7 +182,7 @@ def load(path: Path, map_location: str | torch.device = "cpu") -> tuple[dict[str
     except OSError as error:
         raise CheckpointError(f"{path / _STATE} cannot be read: {error}") from error
     if hashlib.sha256(data).hexdigest() != files[_STATE]["sha256"]:
-        raise CheckpointError(f"{path / _STATE} is damaged: its SHA-256 is not the one in {_MANIFEST}")
+        raise CheckpointError(f"{path / _STATE} is damaged: its SHA-256 is not the one in {MANIFEST}")
     state: dict[str, Any] = torch.load(io.BytesIO(data), map_location=map_location, weights_only=True)
     return state, info
 
@@ -231,7 +231,7 @@ def _manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
 
 def _read_manifest(path: Path) -> tuple[CheckpointInfo, dict[str, Any]]:
     """Check all of a checkpoint but the content of its files; gives what it belongs to and its files' entries."""
-    file = path / _MANIFEST
+    file = path / MANIFEST
     try:
         data = file.read_bytes()
         found = {entry.name: entry.stat(follow_symlinks=False) for entry in os.scandir(path)}
@@ -259,7 +259,7 @@ def _read_manifest(path: Path) -> tuple[CheckpointInfo, dict[str, Any]]:
     files: dict[str, Any] = manifest["files"]
     for missing in sorted(files.keys() - found.keys()):
         raise CheckpointError(f"{path / missing} is missing")
-    for extra in sorted(found.keys() - files.keys() - {_MANIFEST}):
+    for extra in sorted(found.keys() - files.keys() - {MANIFEST}):
         raise CheckpointError(f"{path / extra} is no part of the checkpoint")
     for entry, status in found.items():
         if not stat.S_ISREG(status.st_mode):

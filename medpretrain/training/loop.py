@@ -288,5 +288,5 @@ def _reporting(recipe: Recipe, run: Path, process: Process, total: int, start: i
             [run / RECIPE_FILE],
         )
         stack.callback(tracker.close, timeout_s=30.0)
-        reporter.display = stack.enter_context(Display(total, start=start, collapse_below=COLLAPSE))
+        reporter.display = stack.enter_context(Display(total, start_step=start, collapse_below=COLLAPSE))
         yield reporter

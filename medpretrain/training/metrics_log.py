@@ -74,11 +74,15 @@ class MetricsLog:
         self._file = self._open()
         self._last_step = rows[-1]["step"] if rows else -1
 
+    def sync(self) -> None:
+        """Put the rows on disk: a checkpoint that follows is never ahead of them."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Put the rows on disk and close the file; a second call does nothing."""
         if not self._file.closed:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            self.sync()
             self._file.close()
 
     def __enter__(self) -> Self:
