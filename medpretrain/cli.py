@@ -38,7 +38,10 @@ RunFolder = Annotated[Path, typer.Argument(help="a run folder")]
 def recipes(context: typer.Context) -> None:
     if context.invoked_subcommand is not None:
         return
-    table = Table("recipe", "method", "backbone", "about", box=None)
+    table = Table(box=None)
+    for column in ("recipe", "method", "backbone"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("about")
     for name in recipe_files():
         recipe = load_recipe(name)
         table.add_row(name, str(recipe.method["name"]), recipe.backbone.name, recipe.about)

@@ -122,6 +122,12 @@ class Tracking(_Section):
     experiment: str = "medpretrain"
 
 
+_CHANGEABLE = (
+    *("about", "run.", "tracking.", "device", "data.path", "data.threads", "data.trace"),
+    *("train.threads", "train.checkpoint_every", "train.keep", "train.log_every", "train.micro_batches"),
+)
+
+
 class Recipe(_Section):
     """Everything a run depends on, but for the data itself."""
 
@@ -153,9 +159,7 @@ class Recipe(_Section):
         Left out is what may change between a run and its resumption: where data, run and tracker are (the data's
         identity is its own hash), device, threads, and how often is logged and saved.
         """
-        changeable = ("about", "run.", "tracking.", "device", "data.path", "data.threads", "data.trace")
-        changeable += ("train.threads", "train.checkpoint_every", "train.keep", "train.log_every", "train.micro_batches")
-        return {key: value for key, value in flatten(self.resolved()) if not key.startswith(changeable)}
+        return {key: value for key, value in flatten(self.resolved()) if not key.startswith(_CHANGEABLE)}
 
     @property
     def sha256(self) -> str:

@@ -124,7 +124,7 @@ def _set(data: CommentedMap, override: str) -> Location:
     if not isinstance(parent, dict):
         raise UserError(f"override {override!r}: {'.'.join(parts[:-1])} is not a section")
     parent[parts[-1]] = value
-    other = {("train", "steps"): "epochs", ("train", "epochs"): "steps"}.get(parts)
+    other = {"train.steps": "epochs", "train.epochs": "steps"}.get(key)
     if other:
         parent.pop(other, None)
     return parts

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import nvidia.dali.fn as fn
 import nvidia.dali.types as types
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from nvidia.dali.pipeline import Pipeline

@@ -119,7 +119,7 @@ class _Draws:
     def __init__(self, *words: Words) -> None:
         self._words = words
 
-    def uniform(self, name: str, low: float = 0.0, high: float = 1.0, turn: int = 0) -> Array:
+    def uniform(self, name: str, low: float = 0.0, high: float = 1.0, *, turn: int = 0) -> Array:
         return uniform(*self._words, purpose(name), turn, low=low, high=high)
 
     def happens(self, name: str, p: float) -> NDArray[np.bool_]:
@@ -189,7 +189,7 @@ def _crop(view: View, draws: _Draws, size: NDArray[np.int32]) -> tuple[Array, Ar
     done = np.zeros(len(size), dtype=bool)
     for turn in range(_CROP_TRIES):
         area = draws.uniform("area", *view.crop, turn=turn)
-        ratio = np.exp(draws.uniform("ratio", *np.log(view.ratio), turn=turn))
+        ratio = np.exp(draws.uniform("ratio", np.log(view.ratio[0]), np.log(view.ratio[1]), turn=turn))
         try_high, try_wide = np.sqrt(area / ratio * aspect), np.sqrt(area * ratio / aspect)  # fractions of the image
         fits = ~done & (try_high <= 1) & (try_wide <= 1)
         high, wide = np.where(fits, try_high, high), np.where(fits, try_wide, wide)

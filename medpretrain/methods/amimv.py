@@ -13,7 +13,7 @@ from medpretrain.data.batches import Batch, Views
 from medpretrain.data.order import counterparts
 from medpretrain.losses.contrastive import nt_xent
 from medpretrain.losses.gather import gather
-from medpretrain.methods.base import Method, MethodOptions, Outputs, Progress
+from medpretrain.methods.base import Backbone, Method, MethodOptions, Outputs, Progress
 from medpretrain.models.ema import follow, frozen_copy
 from medpretrain.models.heads import projection_mlp
 
@@ -32,7 +32,7 @@ class Amimv(Method):
     options = AmimvOptions
     view_names = ("normalised", "augmented")
 
-    def __init__(self, options: AmimvOptions, backbone: nn.Module, label_sizes: Mapping[str, int]) -> None:
+    def __init__(self, options: AmimvOptions, backbone: Backbone, label_sizes: Mapping[str, int]) -> None:
         super().__init__(options, backbone, label_sizes)
         self.opt = options
         self.encoder = nn.ModuleDict(
@@ -47,13 +47,18 @@ class Amimv(Method):
         features = [self.encoder["backbone"](images) for images in both]
         query = [self.encoder["projector"](one) for one in features]
         with torch.no_grad():
-            momentum = self.momentum_encoder
-            key = [momentum["projector"](momentum["backbone"](images)) for images in both]
+            key = [self._momentum_embedding(images) for images in both]
         return {
             "query": torch.stack(query, dim=1),
             "key": torch.stack(key, dim=1),
             "features": features[0].detach(),
         }
+
+    def _momentum_embedding(self, images: Tensor) -> Tensor:
+        encoder = self.momentum_encoder
+        assert isinstance(encoder, nn.ModuleDict)
+        embedding: Tensor = encoder["projector"](encoder["backbone"](images))
+        return embedding
 
     def loss(self, outputs: Outputs, batch: Batch, progress: Progress) -> Tensor:
         partner = torch.from_numpy(counterparts(batch.seed, batch.step, batch.size)).to(outputs["query"].device)

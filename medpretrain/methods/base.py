@@ -15,6 +15,12 @@ from medpretrain.data.batches import Batch, Views
 Outputs = dict[str, Tensor]
 
 
+class Backbone(nn.Module):
+    """What a method needs of a backbone: (n, C, S, S) -> (n, num_features)."""
+
+    num_features: int
+
+
 class MethodOptions(BaseModel):
     """What a recipe may say under `method`; each method adds its own."""
 
@@ -48,7 +54,7 @@ class Method(nn.Module, ABC):
     needs_labels: ClassVar[bool] = False
 
     @abstractmethod
-    def __init__(self, options: MethodOptions, backbone: nn.Module, label_sizes: Mapping[str, int]) -> None:
+    def __init__(self, options: MethodOptions, backbone: Backbone, label_sizes: Mapping[str, int]) -> None:
         """Args:
         backbone: maps (n, C, S, S) to features (n, D), with `num_features` = D; its weights are the starting point.
         label_sizes: how many classes each label kind of the batches has.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from medpretrain.data.batches import Batch, Views
 from medpretrain.losses.distillation import dino_loss
 from medpretrain.losses.gather import mean_over_ranks
-from medpretrain.methods.base import Method, MethodOptions, Outputs, Progress
+from medpretrain.methods.base import Backbone, Method, MethodOptions, Outputs, Progress
 from medpretrain.models.ema import follow, frozen_copy
 from medpretrain.models.heads import DinoHead
 from medpretrain.training.schedules import cosine
@@ -43,7 +43,7 @@ class Dino(Method):
     view_names = ("global", "local")
     center: Tensor
 
-    def __init__(self, options: DinoOptions, backbone: nn.Module, label_sizes: Mapping[str, int]) -> None:
+    def __init__(self, options: DinoOptions, backbone: Backbone, label_sizes: Mapping[str, int]) -> None:
         super().__init__(options, backbone, label_sizes)
         self.opt = options
         self.student = backbone
@@ -105,4 +105,4 @@ def _without_drop_path(module: nn.Module) -> None:
     """A teacher in training mode (for BatchNorm) must still not drop paths."""
     for layer in module.modules():
         if type(layer).__name__ == "DropPath":
-            layer.drop_prob = 0.0
+            layer.drop_prob = 0.0  # type: ignore[assignment]

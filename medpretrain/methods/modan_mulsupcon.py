@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from medpretrain.data.batches import Batch, Views
 from medpretrain.losses.contrastive import mul_sup_con, multi_hot
 from medpretrain.losses.gather import gather
-from medpretrain.methods.base import Method, MethodOptions, Outputs, Progress
+from medpretrain.methods.base import Backbone, Method, MethodOptions, Outputs, Progress
 from medpretrain.models.heads import projection_mlp
 
 
@@ -32,7 +32,7 @@ class ModAnMulSupCon(Method):
     view_names = ("crop",)
     needs_labels = True
 
-    def __init__(self, options: MulSupConOptions, backbone: nn.Module, label_sizes: Mapping[str, int]) -> None:
+    def __init__(self, options: MulSupConOptions, backbone: Backbone, label_sizes: Mapping[str, int]) -> None:
         super().__init__(options, backbone, label_sizes)
         self.opt = options
         self.label_sizes = dict(label_sizes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def frozen_copy(module: nn.Module) -> nn.Module:
@@ -19,6 +19,7 @@ def follow(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
 
     Buffers stay: a teacher that sees its own views keeps its own BatchNorm statistics, as DINO's and MoCo's do.
     """
-    ours, theirs = list(teacher.parameters()), list(student.parameters())
+    ours: list[Tensor] = list(teacher.parameters())
+    theirs: list[Tensor] = list(student.parameters())
     assert len(ours) == len(theirs)
     torch._foreach_lerp_(ours, theirs, 1 - momentum)

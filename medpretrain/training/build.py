@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import TypedDict, cast
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from torch import nn
 from data_prep.dataset import Dataset
 from data_prep.errors import UserError
 from medpretrain.methods import method_class
-from medpretrain.methods.base import Method
+from medpretrain.methods.base import Backbone, Method
 from medpretrain.models.backbones import create_backbone
 from medpretrain.models.preprocessing import Preprocessing
 from medpretrain.recipe import Recipe
@@ -23,10 +23,10 @@ from medpretrain.training import checkpoint
 from medpretrain.training.checkpoint import CheckpointInfo
 
 
-def build_backbone(recipe: Recipe) -> nn.Module:
+def build_backbone(recipe: Recipe) -> Backbone:
     """The recipe's backbone with its initial weights, from the recipe's seed."""
     torch.manual_seed(recipe.seed)
-    return create_backbone(
+    backbone = create_backbone(
         recipe.backbone.name,
         channels=recipe.data.channels,
         stem=recipe.backbone.stem,
@@ -34,6 +34,7 @@ def build_backbone(recipe: Recipe) -> nn.Module:
         pretrained=recipe.backbone.pretrained,
         drop_path=recipe.backbone.drop_path,
     )
+    return cast("Backbone", backbone)
 
 
 def label_sizes(recipe: Recipe, dataset: Dataset) -> dict[str, int]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -28,7 +28,7 @@ from medpretrain.training.display import Display
 from medpretrain.training.metrics_log import MetricsLog
 from medpretrain.training.process import Process, joined
 from medpretrain.training.tracking import Tracker
-from medpretrain.training.trainer import Trainer, mean_loss
+from medpretrain.training.trainer import Measured, Trainer, mean_loss
 
 _log = logging.getLogger(__name__)
 
@@ -158,7 +158,7 @@ def _steps(
             step += 1
             last = step == total
             if last or step % every.log_every == 0:
-                loss = mean_loss(measured["loss"])
+                loss = mean_loss(measured.loss)
                 if not math.isfinite(loss):
                     raise RunFailed(
                         f"the loss is {loss} at step {step}; the checkpoints in {run} are from before it. A lower "
@@ -246,7 +246,7 @@ class _Reporter:
     def waited(self, seconds: float) -> None:
         self._waited += seconds
 
-    def report(self, step: int, loss: float, measured: dict[str, Any], epoch: float) -> None:
+    def report(self, step: int, loss: float, measured: Measured, epoch: float) -> None:
         now = time.perf_counter()
         if self.log is not None and self.display is not None:
             seconds = now - self._time
@@ -254,10 +254,10 @@ class _Reporter:
                 "step": step,
                 "epoch": round(epoch, 4),
                 "loss": loss,
-                "lr": measured["lr"],
-                "grad_norm": float(measured["grad_norm"]),
-                "feature_std": float(measured["feature_std"]),
-                "images_per_second": (step - self._step) * self._batch / seconds,
+                "lr": measured.lr,
+                "grad_norm": measured.grad_norm.item(),
+                "feature_std": measured.feature_std.item(),
+                "images_per_s": (step - self._step) * self._batch / seconds,
                 "data_wait": self._waited / seconds,
             }
             self.log.append(row)

@@ -71,11 +71,12 @@ def joined(device: str) -> Iterator[Process]:
     if kind == "cuda":
         if torch.cuda.device_count() <= local_rank:
             raise UserError(
-                f"device=cuda needs {local_world} CUDA devices on this host and torch sees {torch.cuda.device_count()}; "
+                f"device=cuda needs {local_world} CUDA devices on this host, torch sees {torch.cuda.device_count()}; "
                 "device=cpu trains without"
             )
         torch.cuda.set_device(local_rank)
-    process = Process(rank, world, local_rank, local_world, torch.device(kind, local_rank if kind == "cuda" else None))
+    own = torch.device(f"cuda:{local_rank}" if kind == "cuda" else kind)
+    process = Process(rank, world, local_rank, local_world, own)
     if world == 1:
         yield process
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,16 @@ from medpretrain.training.schedules import cosine, warmup_cosine
 from medpretrain.training.strategy import DistributedData
 
 _LAYERS = purpose("layers")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a step came to on this rank; tensors that nobody has waited for yet."""
+
+    loss: Tensor
+    lr: float
+    grad_norm: Tensor
+    feature_std: Tensor
 
 
 class Trainer:
@@ -51,17 +62,17 @@ class Trainer:
     def progress(self, step: int) -> Progress:
         return Progress(step, self._total, step / self._steps_per_epoch)
 
-    def step(self, batch: Batch) -> dict[str, Tensor | float]:
-        """Train on one batch; the loss and the collapse alarm are tensors that nobody has waited for yet."""
+    def step(self, batch: Batch) -> Measured:
+        """Train on one batch."""
         progress = self.progress(batch.step)
         lr = self._schedule(progress)
         self.optimizer.zero_grad(set_to_none=True)
-        loss, outputs = self._backward(batch, progress)
+        loss, outputs = self.backward(batch, progress)
         self.method.before_update(progress)
         norm = self._clip()
         self.optimizer.step()
         self.method.after_update(outputs, progress)
-        return {"loss": loss, "lr": lr, "grad_norm": norm, "feature_std": feature_std(outputs["features"])}
+        return Measured(loss, lr, norm, feature_std(outputs["features"]))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that changes over time; random numbers are functions of the step and need no state."""
@@ -90,7 +101,7 @@ class Trainer:
                 group["weight_decay"] = decay
         return lr
 
-    def _backward(self, batch: Batch, progress: Progress) -> tuple[Tensor, Outputs]:
+    def backward(self, batch: Batch, progress: Progress) -> tuple[Tensor, Outputs]:
         """Gradients of the loss of the global batch.
 
         With several micro-batches the loss still couples all their embeddings: they are computed without gradient

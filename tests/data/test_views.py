@@ -45,7 +45,8 @@ def drawn(view=EVERYTHING, *, samples=range(64), epoch=0, seed=0, number=0, chan
 def test_a_sample_is_augmented_alike_in_any_batch():
     whole = drawn().digest()
     assert np.array_equal(drawn(samples=[40, 3, 17]).digest(), whole[[40, 3, 17]])
-    assert np.array_equal(np.concatenate([drawn(samples=range(32)).digest(), drawn(samples=range(32, 64)).digest()]), whole)
+    halves = [drawn(samples=range(32)).digest(), drawn(samples=range(32, 64)).digest()]
+    assert np.array_equal(np.concatenate(halves), whole)
 
 
 @pytest.mark.parametrize("change", [{"epoch": 1}, {"seed": 1}, {"number": 1}])

@@ -1,10 +1,5 @@
 """Batch norm over two real gloo processes against one process that holds the global batch."""
 
-import os
-import socket
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import nn
@@ -39,24 +34,6 @@ dist.destroy_process_group()
 """
 
 
-def run_two(path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    workers = [
-        subprocess.Popen([sys.executable, "-c", WORKER, str(path)], env=common | {"RANK": str(rank)})
-        for rank in range(2)
-    ]
-    try:
-        assert [worker.wait(timeout=60) for worker in workers] == [0, 0]
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.wait()
-    return [torch.load(f"{path}.{rank}", weights_only=False) for rank in range(2)]
-
-
 def cases():
     from timm.layers import BatchNormAct2d
 
@@ -77,10 +54,11 @@ def cases():
 
 
 @pytest.mark.distributed
-def test_two_ranks_equal_the_global_batch_in_float64(tmp_path):
+def test_two_ranks_equal_the_global_batch_in_float64(tmp_path, run_ranks):
     work = list(cases())
     torch.save(work, tmp_path / "work")
-    (first, refused), (second, _) = run_two(tmp_path / "work")
+    run_ranks(["-c", WORKER, str(tmp_path / "work")], 2)
+    (first, refused), (second, _) = (torch.load(tmp_path / f"work.{rank}", weights_only=False) for rank in range(2))
     assert "more than 1 value" in refused
 
     def close(a, b):

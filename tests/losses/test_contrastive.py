@@ -41,9 +41,9 @@ def mul_sup_con_by_the_equation(z, labels, temperature, threshold):
             weight = 1.0 if m == n else len(a & b) / len(a | b) if a | b else 0.0
             if weight >= threshold - 1e-6:
                 positives.append((weight, key))
-        total = total - sum(w * torch.log(torch.exp(anchor @ k / temperature) / denominator) for w, k in positives) / len(
-            positives
-        )
+        total = total - sum(
+            w * torch.log(torch.exp(anchor @ k / temperature) / denominator) for w, k in positives
+        ) / len(positives)
     return total / len(flat)
 
 
@@ -108,9 +108,7 @@ def test_a_part_of_the_global_batch_has_its_share_of_the_loss():
     torch.manual_seed(3)
     z = torch.randn(2, 8, 4, dtype=torch.float64)
     labels = torch.randint(0, 2, (8, 5))
-    parts = [
-        mul_sup_con(z[:, f : f + 4], labels, temperature=0.07, threshold=0.3, keys_VMD=z, first=f) for f in (0, 4)
-    ]
+    parts = [mul_sup_con(z[:, f : f + 4], labels, temperature=0.07, threshold=0.3, keys_VMD=z, first=f) for f in (0, 4)]
     torch.testing.assert_close(sum(parts) / 2, mul_sup_con(z, labels, temperature=0.07, threshold=0.3))
 
 

@@ -1,0 +1,49 @@
+"""What several rooms' tests need."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+LABELS = """\
+chest: {modality: CT, anatomy: lung}
+head: {modality: MR, anatomy: brain}
+hand: {modality: CR, anatomy: hand}
+"""
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real images, by path; MEDPRETRAIN_TEST_DATA or ../shared/data beside the checkout."""
+    folder = Path(os.environ.get("MEDPRETRAIN_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"the real images are not there ({folder}); set MEDPRETRAIN_TEST_DATA")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_dataset(tmp_path_factory) -> Path:
+    """Shards of 66 small gray images: three classes with modality and anatomy, train and test, several shards."""
+    from data_prep.images import prepare
+
+    folder = tmp_path_factory.mktemp("small")
+    draw = np.random.default_rng(0)
+    for number, name in enumerate(("chest", "head", "hand")):
+        (folder / "images" / name).mkdir(parents=True)
+        for image in range(22):
+            pixels = draw.integers(0, 60, (40, 36 + image)) + 70 * number
+            pixels[8:24, 6 + image : 20 + image // 2] += 50
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / "images" / name / f"p{image}_{number}.png")
+    (folder / "labels.yaml").write_text(LABELS)
+    prepare(
+        folder / "images",
+        folder / "shards",
+        labels=str(folder / "labels.yaml"),
+        split={"train": 0.7, "test": 0.3},
+        shard_size=10,
+    )
+    return folder / "shards"
