@@ -30,12 +30,16 @@ DEMO_LABELS: dict[str, tuple[str, str]] = {
 }
 """Class folder -> (modality, anatomy)."""
 
+IMAGES, LABELS = "images", "labels.yaml"
+PATIENT_PATTERN = r"/(\d+)_\d+\."
+"""Group 1 in the path of an image is its patient."""
 _SMALLEST = 32
 
 
 def make_demo_images(out: Path, *, per_class: int, size: int = 96, seed: int) -> None:
-    """Write OUT/CLASS/PATIENT_K.png (CT, MR) or .jpg (photographs, ultrasound) and OUT/labels.yaml.
+    """Write OUT/images/CLASS/PATIENT_K.png (CT, MR) or .jpg (photographs, ultrasound) and OUT/labels.yaml.
 
+    The labels lie beside the images, not among them, so that OUT/images is a source that holds images alone.
     A patient has two to four images and belongs to one class; of a retina even K are left eyes, odd K right ones.
     The same arguments give the same pixels.
 
@@ -51,7 +55,7 @@ def make_demo_images(out: Path, *, per_class: int, size: int = 96, seed: int) ->
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     make_demo_images(Path(folder), per_class=1, size=32, seed=0)
-    ...     len(list(Path(folder).glob("*/*.png"))), len(list(Path(folder).glob("*/*.jpg")))
+    ...     len(list(Path(folder).glob("images/*/*.png"))), len(list(Path(folder).glob("images/*/*.jpg")))
     (6, 4)
     """
     if per_class < 1 or size < _SMALLEST or seed < 0:
@@ -60,7 +64,7 @@ def make_demo_images(out: Path, *, per_class: int, size: int = 96, seed: int) ->
         raise UserError(f"{out} is not an empty folder; the demo images go into a new one")
     patient = 0
     for number, name in enumerate(DEMO_LABELS):
-        folder = out / name
+        folder = out / IMAGES / name
         folder.mkdir(parents=True)
         written = 0
         while written < per_class:
@@ -73,7 +77,7 @@ def make_demo_images(out: Path, *, per_class: int, size: int = 96, seed: int) ->
                 _save(_draw(name, body, shot, size, k), folder / f"{patient:04d}_{k}", name)
                 written += 1
     lines = [f"{name}: {{modality: {m}, anatomy: {a}}}" for name, (m, a) in DEMO_LABELS.items()]
-    (out / "labels.yaml").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (out / LABELS).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _draw(name: str, body: Generator, shot: Generator, size: int, k: int) -> Grid:

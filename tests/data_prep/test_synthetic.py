@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -11,24 +12,24 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 from data_prep.errors import UserError
-from data_prep.synthetic import DEMO_LABELS, make_demo_images
+from data_prep.synthetic import DEMO_LABELS, IMAGES, LABELS, PATIENT_PATTERN, make_demo_images
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("demo") / "images"
+    out = tmp_path_factory.mktemp("demo") / "out"
     make_demo_images(out, per_class=13, size=64, seed=3)
     return out
 
 
 def pictures(out: Path) -> list[Path]:
-    return sorted(path for path in out.glob("*/*") if path.suffix in (".png", ".jpg"))
+    return sorted((out / IMAGES).glob("*/*"))
 
 
 def test_every_class_has_its_number_of_images_of_the_size(demo: Path) -> None:
-    assert sorted(folder.name for folder in demo.iterdir() if folder.is_dir()) == sorted(DEMO_LABELS)
+    assert sorted(folder.name for folder in (demo / IMAGES).iterdir()) == sorted(DEMO_LABELS)
     for name, (modality, _) in DEMO_LABELS.items():
-        files = list((demo / name).iterdir())
+        files = list((demo / IMAGES / name).iterdir())
         assert len(files) == 13
         for file in files:
             with Image.open(file) as image:
@@ -40,8 +41,10 @@ def test_a_patient_has_several_images_in_one_class(demo: Path) -> None:
     classes, images = defaultdict(set), defaultdict(int)
     for path in pictures(demo):
         patient, k = path.stem.split("_")
-        assert patient.isdigit()
         assert k.isdigit()
+        found = re.search(PATIENT_PATTERN, path.as_posix())
+        assert found
+        assert found[1] == patient
         classes[patient].add(path.parent.name)
         images[patient] += 1
     assert all(len(found) == 1 for found in classes.values())
@@ -51,7 +54,7 @@ def test_a_patient_has_several_images_in_one_class(demo: Path) -> None:
 
 
 def test_labels_yaml_names_modality_and_anatomy(demo: Path) -> None:
-    said = YAML(typ="safe").load((demo / "labels.yaml").read_text())
+    said = YAML(typ="safe").load((demo / LABELS).read_text())
     assert said == {name: {"modality": m, "anatomy": a} for name, (m, a) in DEMO_LABELS.items()}
     assert {m for m, _ in DEMO_LABELS.values()} == {"CT", "MR", "US", "OP"}
     anatomies = {"abd", "lung", "brain", "knee", "spine", "thyroid", "breast", "eye"}
@@ -75,7 +78,7 @@ def test_no_two_images_are_equal_and_none_is_empty(demo: Path) -> None:
 
 def test_left_and_right_eyes_have_the_optic_disc_on_opposite_sides(demo: Path) -> None:
     sides = defaultdict(list)
-    for path in (demo / "retina_normal").iterdir():
+    for path in (demo / IMAGES / "retina_normal").iterdir():
         green = np.asarray(Image.open(path), dtype=np.float64)[..., 1]
         smooth = np.asarray(Image.fromarray(green.astype(np.uint8)).resize((12, 12), Image.Resampling.BOX))
         column = int(np.unravel_index(smooth.argmax(), smooth.shape)[1])
@@ -87,8 +90,8 @@ def test_left_and_right_eyes_have_the_optic_disc_on_opposite_sides(demo: Path) -
 def test_more_images_of_a_class_leave_the_first_patients_as_they_were(demo: Path, tmp_path: Path) -> None:
     make_demo_images(tmp_path / "few", per_class=4, size=64, seed=3)
     name = next(iter(DEMO_LABELS))
-    for path in (tmp_path / "few" / name).iterdir():
-        assert path.read_bytes() == (demo / name / path.name).read_bytes()
+    for path in (tmp_path / "few" / IMAGES / name).iterdir():
+        assert path.read_bytes() == (demo / IMAGES / name / path.name).read_bytes()
 
 
 @pytest.mark.parametrize("wrong", [{"per_class": 0}, {"size": 16}, {"seed": -1}])
