@@ -34,6 +34,7 @@ class Result(BaseModel):
     dataset_sha256: str
     label: str
     classes: list[str]
+    """In the order of the label's vocabulary; of two, AUROC is that of the second."""
     train_split: str
     test_split: str
     n_train: int
@@ -68,6 +69,7 @@ def evaluate(
 ) -> Result:
     """Accuracy, AUROC and AUPR on the test split of a classifier on frozen features of the train split.
 
+    The classes are the names of the label's vocabulary that occur in the dataset, in whatever split.
     Images whose label is unknown (-1) are left out and counted. The linear probe chooses C on the split "val" if the
     dataset has one with labels; the result says whether it did.
 
@@ -94,10 +96,9 @@ def evaluate(
         raise UserError(f"there is no protocol {protocol!r}{nearest(str(protocol), get_args(Protocol))}")
     if train_split == test_split:
         raise UserError(f"the test split must not be the train split {train_split!r}")
-    classes = dataset.label_names(label)
-    all_labels = dataset.labels(label)
+    classes, all_labels = _occurring(dataset.label_names(label), dataset.labels(label))
     splits = {"train": train_split, "test": test_split}
-    if protocol == "linear" and VAL_SPLIT in dataset.splits and VAL_SPLIT not in splits.values():
+    if protocol == "linear" and dataset.info.splits.get(VAL_SPLIT) and VAL_SPLIT not in splits.values():
         splits["val"] = VAL_SPLIT
 
     rows: dict[str, NDArray[np.int64]] = {}
@@ -151,3 +152,11 @@ def evaluate(
         **measured.model_dump(),
         seconds=time.perf_counter() - started,
     )
+
+
+def _occurring(names: list[str], labels_N: NDArray[np.int32]) -> tuple[list[str], NDArray[np.int32]]:
+    """The names some image has, and the labels in their numbers: a vocabulary knows more than a dataset holds."""
+    present = np.unique(labels_N[labels_N >= 0])
+    renumbered = np.full(len(names) + 1, -1, dtype=np.int32)  # the last place is that of -1
+    renumbered[present] = np.arange(len(present))
+    return [names[k] for k in present], renumbered[labels_N]

@@ -4,6 +4,7 @@ import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,15 +27,16 @@ class FakeDataset:
     """What an evaluation asks of a dataset, held in memory: three classes of brighter and brighter images."""
 
     sha256 = "ab" * 32
+    vocabulary = ("dark", "grey", "bright")
 
     def __init__(self, splits: tuple[str, ...] = ("train", "val", "test")) -> None:
         rng = np.random.default_rng(11)
-        self.splits = list(splits)
+        self.info = SimpleNamespace(splits={split: len(SPLITS[split]) for split in splits})
         self.of_class = np.arange(130, dtype=np.int32) % 3
         self.images = (self.of_class[:, None, None, None] + 0.3 * rng.normal(size=(130, 1, 8, 8))).astype(np.float32)
 
     def rows(self, split: str) -> np.ndarray:
-        if split not in self.splits:
+        if split not in self.info.splits:
             raise UserError(f"the dataset has no split {split!r}")
         return np.array(SPLITS[split], dtype=np.int64)
 
@@ -42,7 +44,7 @@ class FakeDataset:
         return self.of_class
 
     def label_names(self, name: str) -> list[str]:
-        return ["dark", "grey", "bright"]
+        return list(self.vocabulary)
 
 
 def batches(dataset: Any, rows: np.ndarray, *, batch: int, **settings: Any) -> Iterator[Tensor]:
@@ -124,6 +126,17 @@ def test_a_val_split_without_any_label_is_not_used_and_shows() -> None:
     dataset.of_class[60:90] = -1
     result = run(dataset, protocol="linear")
     assert (result.n_val, result.excluded["val"], result.parameters["chosen_on"]) == (0, 30, "default")
+
+
+def test_names_of_the_vocabulary_that_no_image_has_are_no_classes() -> None:
+    dataset = FakeDataset()
+    expected = run(dataset)
+    dataset.vocabulary = ("CT", "dark", "MR", "grey", "bright", "US")  # type: ignore[assignment]
+    dataset.of_class = np.array([1, 3, 4], dtype=np.int32)[dataset.of_class]
+    dataset.of_class[60:90] = -1
+    result = run(dataset)
+    assert result.classes == expected.classes == ["dark", "grey", "bright"]
+    assert (result.accuracy, result.auroc, result.aupr) == (expected.accuracy, expected.auroc, expected.aupr)
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
