@@ -45,19 +45,18 @@ class Plan:
     pseudonyms: np.ndarray
     bounds: list[tuple[int, int]]
 
-    def jobs(self, source: Source, measure: int | None) -> Iterator[Job]:
+    def jobs(self, source: Source, measure: int) -> Iterator[Job]:
         """The shards to write, in order.
 
         Args:
             source: what the plan was made from.
-            measure: about how many train images to measure, None for all.
+            measure: about how many train images to measure, the first ones of each shard.
         """
         columns = [column.ids for column in source.labels.values()]
         shards = sum(self.splits[self.split_ids[start]] == MEASURED_SPLIT for start, _ in self.bounds)
         for number, (start, stop) in enumerate(self.bounds):
             rows = self.order[start:stop]
             split = self.splits[self.split_ids[start]]
-            share = stop - start if measure is None else -(-measure // max(1, shards))
             yield Job(
                 number=number,
                 split=split,
@@ -67,7 +66,7 @@ class Plan:
                 if columns
                 else np.zeros((len(rows), 0), np.int32),
                 pseudonyms=self.pseudonyms[start:stop],
-                measure=share if split == MEASURED_SPLIT else 0,
+                measure=-(-measure // shards) if split == MEASURED_SPLIT else 0,
             )
 
 
