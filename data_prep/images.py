@@ -5,16 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import math
-import multiprocessing
 import os
 import shutil
 import time
-import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,12 +31,13 @@ from data_prep.dataset import (
 )
 from data_prep.errors import UserError
 from data_prep.labels import ClassMap, apply_class_map, load_class_map
-from data_prep.plan import MEASURED_SPLIT, Job, Plan, make_plan
+from data_prep.plan import MEASURED_SPLIT, Plan, make_plan
+from data_prep.pool import run
 from data_prep.samples import MEASURE_SIDE, MEASURED_SCALE
 from data_prep.shard import EXTENSIONS
 from data_prep.sources import Source, open_source, with_patient_pattern
 from data_prep.staging import LINKS, Staging
-from data_prep.work import ShardResult, Tally, Task, key_of, pseudonym_of, write_shard
+from data_prep.work import ShardResult, Tally, Task, key_of, pseudonym_of
 
 SHARD_SIZE = 2048
 # Train images behind mean and standard deviation. The images are shuffled, so 16,384 tell both to about 0.002; where
@@ -128,7 +125,7 @@ def prepare(
         task = Task(images.kind, root, staging.folder / SHARDS, resize, trust_images, names)
         jobs = plan.jobs(images, MEASURED_TRUSTED if trust_images else MEASURED)
         results: list[ShardResult] = []
-        with contextlib.closing(_run(task, jobs, min(workers, len(plan.bounds)), len(images), on_progress)) as running:
+        with contextlib.closing(run(task, jobs, min(workers, len(plan.bounds)), len(images), on_progress)) as running:
             for result in running:
                 results.append(result)
                 _refuse_mixed_depths(results)
@@ -182,82 +179,6 @@ def _unpacked(path: Path, source: Source, folder: Path) -> Path:
             except zipfile.BadZipFile as error:
                 raise UserError(f"{path}: {split}_images is damaged: {error}") from None
     return folder
-
-
-# Work
-
-
-_worker: tuple[Task, Any, Any] | None = None
-
-
-def _start_worker(task: Task, counter: Any, stop: Any) -> None:
-    """Runs once in each new process."""
-    global _worker
-    _worker = (task, counter, stop)
-    warnings.simplefilter("ignore")  # Pillow's, on images that are then judged by what they decode to
-
-
-class Stopped(Exception):
-    """The parent gave up; the shard in hand is abandoned."""
-
-
-def _work(job: Job) -> ShardResult:
-    assert _worker is not None
-    task, counter, stop = _worker
-
-    def tick(count: int) -> None:
-        with counter.get_lock():
-            counter.value += count
-        if stop.is_set():
-            raise Stopped
-
-    return write_shard(task, job, tick)
-
-
-def _run(
-    task: Task, jobs: Iterator[Job], workers: int, total: int, on_progress: Callable[[int, int], None] | None
-) -> Generator[ShardResult, None, None]:
-    """Results as they come, in any order; closing the iterator stops the workers."""
-    report = on_progress or (lambda done, total: None)
-    if workers == 1:
-        done = 0
-
-        def tick(count: int) -> None:
-            nonlocal done
-            done += count
-            report(done, total)
-
-        for job in jobs:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                result = write_shard(task, job, tick)
-            yield result
-        return
-    # Not fork: the parent has threads (Arrow, the progress bar).
-    context = multiprocessing.get_context("spawn")
-    counter, stop = context.Value("q", 0), context.Event()
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (task, counter, stop))
-    running: set[Future[ShardResult]] = set()
-    try:
-        while True:
-            for job in jobs:
-                running.add(pool.submit(_work, job))
-                if len(running) > 2 * workers:  # so that the names of a whole hospital are not in flight at once
-                    break
-            if not running:
-                return
-            finished, running = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
-            report(counter.value, total)
-            for future in finished:
-                yield future.result()
-    except BrokenProcessPool:
-        raise UserError("a worker process was killed, most likely for lack of memory; use fewer --workers") from None
-    finally:
-        stop.set()
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-# Finish
 
 
 def _refuse_mixed_depths(results: Sequence[ShardResult]) -> None:

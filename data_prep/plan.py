@@ -14,25 +14,9 @@ import numpy as np
 
 from data_prep.errors import UserError
 from data_prep.sources import SPLIT_NAME, Source
+from data_prep.work import Job
 
 MEASURED_SPLIT = "train"  # whose mean and standard deviation the dataset states
-
-
-@dataclass(frozen=True)
-class Job:
-    """One shard to write: the plan positions from `start`, one for each name.
-
-    `labels` is (n, L) int32, `pseudonyms` (n,) int64 with 0 for an unknown patient; `measure` is how many of the first
-    images count towards mean and standard deviation.
-    """
-
-    number: int
-    split: str
-    start: int
-    names: list[str]
-    labels: np.ndarray
-    pseudonyms: np.ndarray
-    measure: int
 
 
 @dataclass(frozen=True)

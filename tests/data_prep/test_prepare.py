@@ -299,8 +299,8 @@ def test_a_killed_run_leaves_no_output_and_the_next_one_works(
     command = [sys.executable, str(tmp_path / "run.py"), str(tree), str(out), str(workers)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, start_new_session=True, env=environment)
-    partial = tmp_path / ".out.partial" / "dataset" / "shards"
-    while process.poll() is None and not (partial.is_dir() and any(partial.iterdir())):
+    partial = tmp_path / ".out.partial"
+    while process.poll() is None and not list(partial.glob("dataset-*/shards/*.tar")):
         time.sleep(0.01)
     time.sleep(rng.random() * 0.2)
     with pytest.raises(UserError, match="another run is writing"):

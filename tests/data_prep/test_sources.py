@@ -164,8 +164,15 @@ def test_patient_pattern_errors(tree: Path) -> None:
         with_patient_pattern(source, r"(\d+")
     with pytest.raises(UserError, match=r"finds no patient in 'cat/.*_again"):
         with_patient_pattern(source, r"(\d+)_(?:left|right)")
-    with pytest.raises(UserError, match="also a value of the label 'class'"):
+    with pytest.raises(UserError, match="label 'class', which the dataset would show, says the patient's id"):
         with_patient_pattern(source, r"^([a-z]+)/")
+
+
+def test_a_grade_that_happens_to_equal_some_patients_number_is_fine(manifest: Callable[[str], Path]) -> None:
+    source = open_source(manifest("path,patient,grade\na.png,1,2\nb.png,2,1\nc.png,3,1\n"))
+    assert source.labels["grade"].names == ["1", "2"]
+    with pytest.raises(UserError, match="label 'code', which the dataset would show"):
+        open_source(manifest("path,patient,code\na.png,1,1\nb.png,2,2\nc.png,3,\n"))
 
 
 def test_a_patient_is_never_in_two_splits(tree: Path) -> None:
