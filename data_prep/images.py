@@ -119,7 +119,7 @@ def prepare(
         "trust_images": trust_images,
         "shard_size": shard_size,
     }
-    with Staging(out, overwrite) as staging, _room_for(out):
+    with _writable(out), Staging(out, overwrite) as staging:
         root = images.root if images.kind == "files" else _unpacked(images.root, images, staging.private / "arrays")
         names = {name: column.names for name, column in images.labels.items()}
         task = Task(images.kind, root, staging.folder / SHARDS, resize, trust_images, names)
@@ -157,13 +157,13 @@ def _with_class_map(source: Source, class_map: ClassMap | None) -> tuple[Source,
 
 
 @contextlib.contextmanager
-def _room_for(out: Path) -> Iterator[None]:
-    """A full disk is something the user can mend."""
+def _writable(out: Path) -> Iterator[None]:
+    """A full disk or a missing permission is something the user can mend."""
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"no space left for {out}; nothing was kept") from None
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+            raise UserError(f"{out} cannot be written: {error.strerror}; nothing was kept") from None
         raise
 
 

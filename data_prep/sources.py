@@ -177,7 +177,11 @@ def _walk(folder: Path, prefix: str, above: tuple[tuple[int, int], ...]) -> Iter
     here = (status.st_dev, status.st_ino)
     if here in above:
         raise UserError(f"{folder}: a link leads back to a folder above it")
-    with os.scandir(folder) as entries:
+    try:
+        scan = os.scandir(folder)
+    except OSError as error:
+        raise UserError(f"{folder}: {error.strerror}") from None
+    with scan as entries:
         for entry in entries:
             if entry.name.startswith("."):
                 continue

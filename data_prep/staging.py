@@ -83,6 +83,9 @@ class Staging:
         except BlockingIOError:
             os.close(self._lock)
             raise UserError(f"another run is writing {self.out}") from None
+        except OSError as error:
+            os.close(self._lock)
+            raise UserError(f"{self._hidden / LOCK} cannot be locked on this file system: {error.strerror}") from None
 
     def _clear(self) -> None:
         for left in self._hidden.iterdir():
