@@ -80,6 +80,8 @@ class Staging:
         self._lock = os.open(self._hidden / LOCK, os.O_CREAT | os.O_RDWR, 0o600)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.fstat(self._lock).st_nlink:  # the other run ended just now and took the file along
+                raise BlockingIOError
         except BlockingIOError:
             os.close(self._lock)
             raise UserError(f"another run is writing {self.out}") from None

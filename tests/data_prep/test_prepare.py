@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import pickle
@@ -23,6 +24,7 @@ from PIL import Image, PngImagePlugin
 from data_prep.dataset import Dataset, read_info
 from data_prep.errors import UserError
 from data_prep.images import prepare
+from data_prep.staging import Staging
 from data_prep.verify import verify
 
 Draw = Callable[..., bytes]
@@ -126,7 +128,6 @@ def test_webdataset_and_dali_read_it_unchanged(tree: Path, tmp_path: Path) -> No
 
 def test_no_identifier_leaves(tmp_path: Path, draw: Draw) -> None:
     root = tmp_path / "SENTINELroot"
-    secrets = ["SENTINELroot", "list", "SENTINELdir"]
     lines = ["path,patient,finding"]
     for number in range(12):
         name, patient = f"SENTINELfile{number}", f"SENTINELmrn{number % 5}"
@@ -150,14 +151,16 @@ def test_no_identifier_leaves(tmp_path: Path, draw: Draw) -> None:
         assert b"SENTINEL" in data
         (folder / f"{name}.{ending}").write_bytes(data)
         lines.append(f"SENTINELdir/{name}.{ending},{patient},{'ill' if number % 2 else 'well'}")
-        secrets += [name, patient]
     (root / "list.csv").write_text("\n".join(lines))
+    labels = tmp_path / "SENTINELlabels.yaml"
+    labels.write_text('"*": {modality: MR}')
     for resize in (None, 16):
         out = tmp_path / f"out{resize}"
-        summary = prepare(root / "list.csv", out, resize=resize)
+        summary = prepare(root / "list.csv", out, resize=resize, labels=str(labels), seed=987654321)
         assert summary.rejected == {"truncated": 1}
         for name, data in contents(out).items():
             assert b"SENTINEL" not in data, name
+            assert b"987654321" not in data, name  # with the seed, guessed ids could be tried
             assert "SENTINEL" not in name
         for name in ("index.parquet", "quarantine.parquet"):
             table = pq.read_table(out / name)
@@ -227,6 +230,13 @@ def test_mean_and_std_count_gray_images_in_every_channel(tmp_path: Path, draw: D
     assert info.statistics.std == pytest.approx(stack.std(axis=(0, 1, 2)).tolist(), abs=1e-6)
 
 
+@pytest.mark.parametrize("option", ["workers", "shard_size", "resize"])
+def test_a_number_below_one_is_refused(tree: Path, tmp_path: Path, option: str) -> None:
+    with pytest.raises(UserError, match=f"--{option.replace('_', '-')} must be at least 1, not 0"):
+        prepare(tree, tmp_path / "out", **{option: 0})  # type: ignore[arg-type]
+    assert os.listdir(tmp_path) == ["tree"]
+
+
 def test_only_our_own_output_is_replaced_and_only_when_asked(tree: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
@@ -251,43 +261,47 @@ def test_only_our_own_output_is_replaced_and_only_when_asked(tree: Path, tmp_pat
         prepare(tree, tree / "out")
 
 
-def test_a_commit_killed_at_any_rename_is_finished_or_undone(
-    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The process is stopped at each rename of the commit in turn, with no chance to clean up."""
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of ours catches it."""
+
+
+@pytest.mark.parametrize("renames", range(6))
+def test_a_commit_killed_at_any_rename_is_finished_or_undone(tree: Path, tmp_path: Path, renames: int) -> None:
     out = tmp_path / "out"
     prepare(tree, out)
     old = contents(out), contents(tmp_path / "out.private")
-    script = (
-        "import os, sys, pathlib; from data_prep.images import prepare\n"
-        "rename, left = pathlib.Path.rename, [int(sys.argv[3])]\n"
-        "def counted(self, target):\n"
-        "    if 'plan-' not in self.name:\n"
-        "        left[0] -= 1\n"
-        "        if left[0] < 0: os._exit(9)\n"
-        "    return rename(self, target)\n"
-        "pathlib.Path.rename = counted\n"
-        "prepare(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), seed=7, overwrite=True)\n"
-    )
-    codes = []
-    for renames in range(6):
-        command = [sys.executable, "-c", script, str(tree), str(out), str(renames)]
-        codes.append(subprocess.run(command, cwd=ROOT).returncode)
-        with pytest.raises(UserError, match="--overwrite replaces it"):
-            prepare(tree, out)  # also clears up
-        assert sorted(os.listdir(tmp_path)) == ["out", "out.private", "tree"], renames
-        assert not verify(out)
-        now = contents(out), contents(tmp_path / "out.private")
-        assert (now == old) == (codes[-1] == 9), renames
-        assert now[1].keys() == {"sources.parquet"}
-    assert codes == [9, 9, 9, 9, 0, 0]
+    left = renames
+    rename = Path.rename
+
+    def counted(self: Path, target: Path) -> Path:
+        nonlocal left
+        if "plan-" not in self.name:
+            left -= 1
+            if left < 0:
+                raise Killed
+        return rename(self, target)
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Killed):
+        patch.setattr(Path, "rename", counted)
+        patch.setattr(Staging, "__exit__", lambda self, *error: os.close(self._lock))  # as the kernel would, no more
+        prepare(tree, out, seed=7, overwrite=True)
+    killed = left < 0
+    assert killed == (renames < 4)  # a commit renames four times
+    assert len(os.listdir(tmp_path)) > 3  # something was left lying
+    with pytest.raises(UserError, match="--overwrite replaces it"):
+        prepare(tree, out)  # clears up before it looks
+    assert sorted(os.listdir(tmp_path)) == ["out", "out.private", "tree"]
+    assert not verify(out)
+    now = contents(out), contents(tmp_path / "out.private")
+    assert (now == old) == killed
+    assert now[1].keys() == {"sources.parquet"}
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_killed_run_leaves_no_output_and_the_next_one_works(
     tree: Path, tmp_path: Path, draw: Draw, rng: random.Random, workers: int
 ) -> None:
-    for number in range(300):
+    for number in range(150):
         (tree / "cat" / f"{number}_more.bmp").write_bytes(draw(number, "BMP", mode="RGB", size=(700, 500)))
     script = (
         "import sys; from pathlib import Path; from data_prep.images import prepare\n"
@@ -309,7 +323,7 @@ def test_a_killed_run_leaves_no_output_and_the_next_one_works(
     assert process.wait() == -signal.SIGKILL
     assert not out.exists()
     assert partial.is_dir()
-    assert prepare(tree, out, shard_size=40, resize=8).info.samples == 324
+    assert prepare(tree, out, shard_size=40, resize=8).info.samples == 174
     assert sorted(os.listdir(tmp_path)) == ["out", "out.private", "run.py", "tree"]
 
 

@@ -248,3 +248,13 @@ def test_shipped_labels_are_found_by_name_and_are_valid() -> None:
         load_class_map(name)
     with pytest.raises(UserError, match="did you mean 'mednist'"):
         load_class_map("mednits")
+
+
+def test_shipped_labels_of_an_installed_wheel_lie_in_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = tmp_path / "medpretrain" / "configs" / "labels"
+    installed.mkdir(parents=True)
+    (installed / "mine.yaml").write_text("cat: {modality: MR}\n")
+    monkeypatch.setattr("data_prep.labels.__file__", str(tmp_path / "data_prep" / "labels.py"))
+    assert load_class_map("mine").classes == {"cat": {"modality": 1}}
