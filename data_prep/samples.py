@@ -1,4 +1,8 @@
-"""One image file in, one clean sample out: checked to its last byte, stripped, and re-encoded only where it must be."""
+"""One image file in, one clean sample out: checked to its last byte, stripped, and re-encoded only where it must be.
+
+What the check can find: any cut file; any changed byte of a PNG (it has checksums); of the others, what breaks the
+decoder. A JPEG whose scan lost bytes in the middle and still has its end marker decodes, in part to gray, and passes.
+"""
 
 from __future__ import annotations
 
