@@ -17,6 +17,7 @@ from rich.table import Table
 
 from data_prep.dataset import Dataset, read_info
 from data_prep.images import SHARD_SIZE, Summary, prepare
+from data_prep.labels import VOCABULARIES
 from data_prep.plan import parse_split
 from data_prep.stats import stats
 from data_prep.verify import verify
@@ -124,11 +125,14 @@ def _report(summary: Summary) -> None:
     )
     for reason, count in sorted(summary.rejected.items()):
         typer.echo(f"  quarantined: {reason} {count}")
-    for name, vocabulary in info.labels.items():
+    for name in sorted(set(info.labels) - set(VOCABULARIES)):
+        vocabulary = info.labels[name]
         shown = ", ".join(vocabulary.names[:12]) + (", ..." if len(vocabulary.names) > 12 else "")
         typer.echo(f"  label {name} ({len(vocabulary.names)} values, readable in the dataset): {shown}")
-    if not info.patients.known:
-        typer.echo("  patients unknown: a patient may be in two splits (see --patient-pattern)")
+    if info.patients.images_without and len(info.splits) > 1:
+        typer.echo(
+            f"  patients of {info.patients.images_without} images unknown: one may be in two splits (see --patient-pattern)"
+        )
     typer.echo(f"  private: {summary.private} links samples to files and patients; keep it where it is")
 
 

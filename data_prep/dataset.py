@@ -369,11 +369,12 @@ class Dataset:
 
     def read(self, rows: np.ndarray) -> list[np.ndarray]:
         """The encoded images of some rows: a 1-D uint8 array each, a read-only view of its mapped shard (no copy)."""
-        images = []
-        for row in np.asarray(rows).tolist():
-            offset = self._offsets[row]
-            images.append(self._shard(int(self.shard_ids[row]))[offset : offset + self._lengths[row]])
-        return images
+        rows = np.asarray(rows)
+        starts = self._offsets[rows]
+        places = zip(
+            self.shard_ids[rows].tolist(), starts.tolist(), (starts + self._lengths[rows]).tolist(), strict=True
+        )
+        return [self._shard(number)[start:stop] for number, start, stop in places]
 
     def _shard(self, number: int) -> np.ndarray:
         mapped = self._open.get(number)

@@ -5,16 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import math
-import multiprocessing
 import os
 import shutil
 import time
-import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,15 +31,19 @@ from data_prep.dataset import (
 )
 from data_prep.errors import UserError
 from data_prep.labels import ClassMap, apply_class_map, load_class_map
-from data_prep.plan import MEASURED_SPLIT, Job, Plan, make_plan
-from data_prep.samples import CHECK_SIDE, MEASURE_SIDE
+from data_prep.plan import MEASURED_SPLIT, Plan, make_plan
+from data_prep.pool import run
+from data_prep.samples import MEASURE_SIDE, MEASURED_SCALE
 from data_prep.shard import EXTENSIONS
 from data_prep.sources import Source, open_source, with_patient_pattern
 from data_prep.staging import LINKS, Staging
-from data_prep.work import ShardResult, Tally, Task, key_of, pseudonym_of, write_shard
+from data_prep.work import ShardResult, Tally, Task, key_of, pseudonym_of
 
 SHARD_SIZE = 2048
-TRUSTED_MEASURE = 4096  # images decoded for mean and standard deviation where the rest is not decoded
+# Train images behind mean and standard deviation. The images are shuffled, so 16,384 tell both to about 0.002; where
+# nothing else is decoded, each costs more.
+MEASURED = 16_384
+MEASURED_TRUSTED = 4096
 
 
 @dataclass(frozen=True)
@@ -119,13 +119,13 @@ def prepare(
         "trust_images": trust_images,
         "shard_size": shard_size,
     }
-    with Staging(out, overwrite) as staging, _room_for(out):
+    with _writable(out), Staging(out, overwrite) as staging:
         root = images.root if images.kind == "files" else _unpacked(images.root, images, staging.private / "arrays")
         names = {name: column.names for name, column in images.labels.items()}
         task = Task(images.kind, root, staging.folder / SHARDS, resize, trust_images, names)
-        jobs = plan.jobs(images, TRUSTED_MEASURE if trust_images else None)
+        jobs = plan.jobs(images, MEASURED_TRUSTED if trust_images else MEASURED)
         results: list[ShardResult] = []
-        with contextlib.closing(_run(task, jobs, min(workers, len(plan.bounds)), len(images), on_progress)) as running:
+        with contextlib.closing(run(task, jobs, min(workers, len(plan.bounds)), len(images), on_progress)) as running:
             for result in running:
                 results.append(result)
                 _refuse_mixed_depths(results)
@@ -157,13 +157,13 @@ def _with_class_map(source: Source, class_map: ClassMap | None) -> tuple[Source,
 
 
 @contextlib.contextmanager
-def _room_for(out: Path) -> Iterator[None]:
-    """A full disk is something the user can mend."""
+def _writable(out: Path) -> Iterator[None]:
+    """A full disk or a missing permission is something the user can mend."""
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"no space left for {out}; nothing was kept") from None
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+            raise UserError(f"{out} cannot be written: {error.strerror}; nothing was kept") from None
         raise
 
 
@@ -179,82 +179,6 @@ def _unpacked(path: Path, source: Source, folder: Path) -> Path:
             except zipfile.BadZipFile as error:
                 raise UserError(f"{path}: {split}_images is damaged: {error}") from None
     return folder
-
-
-# Work
-
-
-_worker: tuple[Task, Any, Any] | None = None
-
-
-def _start_worker(task: Task, counter: Any, stop: Any) -> None:
-    """Runs once in each new process."""
-    global _worker
-    _worker = (task, counter, stop)
-    warnings.simplefilter("ignore")  # Pillow's, on images that are then judged by what they decode to
-
-
-class Stopped(Exception):
-    """The parent gave up; the shard in hand is abandoned."""
-
-
-def _work(job: Job) -> ShardResult:
-    assert _worker is not None
-    task, counter, stop = _worker
-
-    def tick(count: int) -> None:
-        with counter.get_lock():
-            counter.value += count
-        if stop.is_set():
-            raise Stopped
-
-    return write_shard(task, job, tick)
-
-
-def _run(
-    task: Task, jobs: Iterator[Job], workers: int, total: int, on_progress: Callable[[int, int], None] | None
-) -> Generator[ShardResult, None, None]:
-    """Results as they come, in any order; closing the iterator stops the workers."""
-    report = on_progress or (lambda done, total: None)
-    if workers == 1:
-        done = 0
-
-        def tick(count: int) -> None:
-            nonlocal done
-            done += count
-            report(done, total)
-
-        for job in jobs:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                result = write_shard(task, job, tick)
-            yield result
-        return
-    # Not fork: the parent has threads (Arrow, the progress bar).
-    context = multiprocessing.get_context("spawn")
-    counter, stop = context.Value("q", 0), context.Event()
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (task, counter, stop))
-    running: set[Future[ShardResult]] = set()
-    try:
-        while True:
-            for job in jobs:
-                running.add(pool.submit(_work, job))
-                if len(running) > 2 * workers:  # so that the names of a whole hospital are not in flight at once
-                    break
-            if not running:
-                return
-            finished, running = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
-            report(counter.value, total)
-            for future in finished:
-                yield future.result()
-    except BrokenProcessPool:
-        raise UserError("a worker process was killed, most likely for lack of memory; use fewer --workers") from None
-    finally:
-        stop.set()
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-# Finish
 
 
 def _refuse_mixed_depths(results: Sequence[ShardResult]) -> None:
@@ -298,7 +222,8 @@ def _finish(
     for result in results:
         for channels, tally in result.tallies.items():
             tallies[channels].merge(tally)
-    statistics = _statistics(tallies, int(rows[:, 6].max()), int(rows[:, 7].max()), bool(options["trust_images"]))
+    train = sum(shard.samples for shard, result in zip(shards, filled, strict=True) if result.split == MEASURED_SPLIT)
+    statistics = _statistics(tallies, int(rows[:, 6].max()), int(rows[:, 7].max()), train)
     return write_dataset(folder, index, quarantine, shards, source.labels, options, statistics)
 
 
@@ -328,7 +253,7 @@ def _index(source: Source, plan: Plan, rows: np.ndarray, shard_of: np.ndarray, s
     return pa.table(columns, schema=index_schema(list(source.labels)))
 
 
-def _statistics(tallies: Mapping[int, Tally], bit_depth: int, channels: int, trusted: bool) -> Statistics | None:
+def _statistics(tallies: Mapping[int, Tally], bit_depth: int, channels: int, train: int) -> Statistics | None:
     """Mean and standard deviation in 0..1; a gray image counts in every channel of a colour dataset."""
     total = Tally()
     for width, tally in tallies.items():
@@ -343,14 +268,16 @@ def _statistics(tallies: Mapping[int, Tally], bit_depth: int, channels: int, tru
         math.sqrt(max(0.0, square / total.pixels - mean * mean))
         for square, mean in zip(total.squares, means, strict=True)
     ]
-    which = "the first images of each train shard (shuffled)" if trusted else f"all images of {MEASURED_SPLIT}"
+    which = f"all images of {MEASURED_SPLIT}"
+    if total.images < train:
+        which = f"the first images of each shard of {MEASURED_SPLIT} (they are shuffled)"
     return Statistics(
         mean=[round(mean / scale, 6) for mean in means],
         std=[round(deviation / scale, 6) for deviation in deviations],
         images=total.images,
         how=(
             f"every k-th row and column, k = max(1, shorter side // {MEASURE_SIDE}), of {which}; "
-            f"JPEG that pass through at the smallest of their scales that keeps {CHECK_SIDE} pixels a side"
+            f"JPEG that pass through at the smallest of their scales that keeps {MEASURED_SCALE} pixels a side"
         ),
     )
 

@@ -49,9 +49,13 @@ class LabelColumn:
 
 @dataclass(frozen=True)
 class ClassMap:
-    """A labels file: class name -> {vocabulary: id}; `*` stands for every class without an entry of its own."""
+    """A labels file: class name -> {vocabulary: id}; `*` stands for every class without an entry of its own.
+
+    `origin` is what a dataset may say of it: the user's own file name stays out.
+    """
 
     name: str
+    origin: str
     digest: str
     classes: dict[str, dict[str, int]]
     places: dict[str, str] = field(repr=False)
@@ -71,7 +75,8 @@ def load_class_map(choice: str) -> ClassMap:
         UserError: no such file; or a line of it says something unknown, with the file, the line and the nearest name.
     """
     path = Path(choice)
-    if path.suffix not in (".yaml", ".yml"):
+    shipped = path.suffix not in (".yaml", ".yml")
+    if shipped:
         folder = shipped_folder()
         path = folder / f"{choice}.yaml"
         if not path.is_file():
@@ -96,7 +101,9 @@ def load_class_map(choice: str) -> ClassMap:
         place = f"{path}, line {content.lc.key(key)[0] + 1}"
         classes[str(key)] = _entry(entry, place)
         places[str(key)] = place
-    return ClassMap(path.stem, hashlib.sha256(raw).hexdigest(), classes, places)
+    digest = hashlib.sha256(raw).hexdigest()
+    origin = f"{choice} (sha256 {digest[:16]})" if shipped else f"sha256 {digest[:16]}"
+    return ClassMap(path.stem, origin, digest, classes, places)
 
 
 def _entry(entry: Any, place: str) -> dict[str, int]:
@@ -145,7 +152,7 @@ def apply_class_map(
     if missing and extra:
         name = extra[0]
         raise UserError(f"{class_map.places[name]}: the data have no class {name!r}{nearest(name, missing)}")
-    source = f"class, by labels file {class_map.name} (sha256 {class_map.digest[:16]})"
+    source = f"class, by labels file {class_map.origin}"
     columns: dict[str, LabelColumn] = {}
     for vocabulary, choices in VOCABULARIES.items():
         default = UNKNOWN if everything is None else everything.get(vocabulary, UNKNOWN)

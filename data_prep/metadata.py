@@ -21,6 +21,7 @@ _PNG_KEPT = frozenset((b"IHDR", b"PLTE", b"IDAT", b"IEND"))
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 _SOI, _EOI, _SOS, _COM = 0xD8, 0xD9, 0xDA, 0xFE
 _SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_LOSSLESS = frozenset((0xC3, 0xF7))
 _TABLES = frozenset((0xC4, 0xCC, 0xDB, 0xDC, 0xDD))  # DHT, DAC, DQT, DNL, DRI
 _PLAIN_SOF = frozenset((0xC0, 0xC1, 0xC2))  # Huffman-coded baseline, extended, progressive: what every decoder reads
 
@@ -54,7 +55,8 @@ def strip_jpeg(data: bytes) -> Stripped:
     """Keep JFIF (without thumbnail), Adobe's APP14, tables, frame and scans; drop APPn, COM and all after the end.
 
     Raises:
-        Rejected: `truncated` where no end marker comes, `corrupt` where the segments make no sense.
+        Rejected: `truncated` where no end marker comes, `corrupt` where the segments make no sense,
+            `unsupported_mode` for lossless JPEG and for more than 8 bits.
     """
     end = len(data)
     parts: list[bytes] = []
@@ -94,10 +96,14 @@ def strip_jpeg(data: bytes) -> Stripped:
             if kept != segment:
                 parts += (data[run:pos], kept)
                 run = stop
+        elif marker in _LOSSLESS:
+            raise Rejected("unsupported_mode", "lossless JPEG or JPEG-LS")
         elif marker in _SOF:
             if length < 8:
                 raise Rejected("corrupt", "a JPEG frame header that is too short")
             precision, height, width, channels = struct.unpack_from(">BHHB", data, pos + 4)
+            if precision != 8:
+                raise Rejected("unsupported_mode", "a JPEG of more than 8 bits")
             frame = (marker, precision, height, width, channels)
         elif marker == _SOS:
             scans += 1
@@ -117,7 +123,7 @@ def strip_jpeg(data: bytes) -> Stripped:
     else:
         parts.append(data[run:pos])
         kept_data = b"".join(parts)
-    conformant = marker in _PLAIN_SOF and precision == 8 and channels in (1, 3) and width > 0 and height > 0
+    conformant = marker in _PLAIN_SOF and channels in (1, 3) and width > 0 and height > 0
     return Stripped(kept_data, "jpg", width, height, precision, channels, conformant, orientation)
 
 

@@ -14,25 +14,9 @@ import numpy as np
 
 from data_prep.errors import UserError
 from data_prep.sources import SPLIT_NAME, Source
+from data_prep.work import Job
 
 MEASURED_SPLIT = "train"  # whose mean and standard deviation the dataset states
-
-
-@dataclass(frozen=True)
-class Job:
-    """One shard to write: the plan positions from `start`, one for each name.
-
-    `labels` is (n, L) int32, `pseudonyms` (n,) int64 with 0 for an unknown patient; `measure` is how many of the first
-    images count towards mean and standard deviation.
-    """
-
-    number: int
-    split: str
-    start: int
-    names: list[str]
-    labels: np.ndarray
-    pseudonyms: np.ndarray
-    measure: int
 
 
 @dataclass(frozen=True)
@@ -45,19 +29,18 @@ class Plan:
     pseudonyms: np.ndarray
     bounds: list[tuple[int, int]]
 
-    def jobs(self, source: Source, measure: int | None) -> Iterator[Job]:
+    def jobs(self, source: Source, measure: int) -> Iterator[Job]:
         """The shards to write, in order.
 
         Args:
             source: what the plan was made from.
-            measure: about how many train images to measure, None for all.
+            measure: about how many train images to measure, the first ones of each shard.
         """
         columns = [column.ids for column in source.labels.values()]
         shards = sum(self.splits[self.split_ids[start]] == MEASURED_SPLIT for start, _ in self.bounds)
         for number, (start, stop) in enumerate(self.bounds):
             rows = self.order[start:stop]
             split = self.splits[self.split_ids[start]]
-            share = stop - start if measure is None else -(-measure // max(1, shards))
             yield Job(
                 number=number,
                 split=split,
@@ -67,7 +50,7 @@ class Plan:
                 if columns
                 else np.zeros((len(rows), 0), np.int32),
                 pseudonyms=self.pseudonyms[start:stop],
-                measure=share if split == MEASURED_SPLIT else 0,
+                measure=-(-measure // shards) if split == MEASURED_SPLIT else 0,
             )
 
 

@@ -63,7 +63,7 @@ def header(name: bytes, size: int) -> bytes:
 
 
 class ShardWriter:
-    """Writes `path` (a new .tar) and, on close, the .idx beside it.
+    """Writes `path` (a new .tar) and, on close, the .idx beside it; as a context, leaves no file unless closed.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -128,10 +128,14 @@ class ShardWriter:
             os.fsync(file.fileno())
         return ShardFile(len(self._lines), self._size, self._sha256.hexdigest(), hashlib.sha256(index).hexdigest())
 
-    def abandon(self) -> None:
-        """Close and remove a shard that will not be finished."""
-        self._file.close()
-        self.path.unlink()
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Remove a shard that was not closed."""
+        if not self._file.closed:
+            self._file.close()
+            self.path.unlink()
 
 
 def index_line(image: Member, record: Member) -> str:

@@ -84,7 +84,7 @@ def open_source(path: Path, label_columns: Sequence[str] | None = None) -> Sourc
             if not value.isprintable():
                 raise UserError(f"{path}: label {name!r}: the value {value!r} is not printable UTF-8 text")
         _refuse_identifiers(name, column, path)
-    return source
+    return _refuse_patient_labels(source)
 
 
 def with_patient_pattern(source: Source, pattern: str) -> Source:
@@ -107,14 +107,23 @@ def with_patient_pattern(source: Source, pattern: str) -> Source:
         if match is None or not match[1]:
             raise UserError(f"--patient-pattern {pattern!r} finds no patient in {name!r}")
         patients.append(match[1])
-    known = set(patients)
+    return _refuse_patient_labels(replace(source, patients=patients))
+
+
+def _refuse_patient_labels(source: Source) -> Source:
+    """Label values stand readable in the dataset, so none may be its patient's id."""
+    known = set(source.patients)
     for label, column in source.labels.items():
-        if any(value in known for value in column.names):
+        if known.isdisjoint(column.names):
+            continue
+        # Grade 2 and patient 2 may both exist; a label that mostly says the image's own patient is an id.
+        named = [(column.names[place], i) for i, place in enumerate(column.ids.tolist()) if place != UNKNOWN]
+        if 2 * sum(value == source.patients[i] for value, i in named) > len(named):
             raise UserError(
-                f"--patient-pattern {pattern!r} takes a patient from a name that is also a value of the label "
-                f"{label!r}, which the dataset would show; leave that label out (--no-labels or --label-column)"
+                f"the label {label!r}, which the dataset would show, says the patient's id; "
+                "leave it out (--no-labels, or --label-column for the others)"
             )
-    return replace(source, patients=patients)
+    return source
 
 
 def _refuse_identifiers(name: str, column: LabelColumn, path: Path) -> None:
@@ -168,7 +177,11 @@ def _walk(folder: Path, prefix: str, above: tuple[tuple[int, int], ...]) -> Iter
     here = (status.st_dev, status.st_ino)
     if here in above:
         raise UserError(f"{folder}: a link leads back to a folder above it")
-    with os.scandir(folder) as entries:
+    try:
+        scan = os.scandir(folder)
+    except OSError as error:
+        raise UserError(f"{folder}: {error.strerror}") from None
+    with scan as entries:
         for entry in entries:
             if entry.name.startswith("."):
                 continue

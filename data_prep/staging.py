@@ -6,9 +6,11 @@ folder behind, unlocked; the next run with the same OUT removes it, or finishes 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import os
+import secrets
 import shutil
 from pathlib import Path
 from types import TracebackType
@@ -41,8 +43,10 @@ class Staging:
         self._old = self._sibling(".old")
         self._old_private = self._sibling(".private.old")
         self.final_private = self.out.with_name(self.out.name + ".private")
-        self.folder = self._hidden / "dataset"
-        self.private = self._hidden / "private"
+        # A name of its own, so that a worker that outlives its killed parent cannot write into the next run.
+        run = secrets.token_hex(4)
+        self.folder = self._hidden / f"dataset-{run}"
+        self.private = self._hidden / f"private-{run}"
         self._overwrite = overwrite
         self._lock = -1
 
@@ -52,17 +56,14 @@ class Staging:
     def __enter__(self) -> Staging:
         self.out.parent.mkdir(parents=True, exist_ok=True)
         self._take_lock()
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._release)
             self._finish_killed_commit()
             self._refuse_foreign()
-            for left in (self.folder, self.private):
-                if left.exists():
-                    shutil.rmtree(left)
+            self._clear()
             (self.folder / SHARDS).mkdir(parents=True)
             self.private.mkdir(mode=0o700)
-        except BaseException:
-            self._release()
-            raise
+            undo.pop_all()
         return self
 
     def __exit__(
@@ -79,15 +80,23 @@ class Staging:
         self._lock = os.open(self._hidden / LOCK, os.O_CREAT | os.O_RDWR, 0o600)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.fstat(self._lock).st_nlink:  # the other run ended just now and took the file along
+                raise BlockingIOError
         except BlockingIOError:
             os.close(self._lock)
             raise UserError(f"another run is writing {self.out}") from None
+        except OSError as error:
+            os.close(self._lock)
+            raise UserError(f"{self._hidden / LOCK} cannot be locked on this file system: {error.strerror}") from None
+
+    def _clear(self) -> None:
+        for left in self._hidden.iterdir():
+            if left.name != LOCK:
+                shutil.rmtree(left)
 
     def _release(self) -> None:
         """Remove the hidden folder, the lock last, so that what a kill leaves here is always recognised."""
-        for left in (self.folder, self.private):
-            if left.exists():
-                shutil.rmtree(left)
+        self._clear()
         (self._hidden / LOCK).unlink()
         self._hidden.rmdir()
         os.close(self._lock)

@@ -1,4 +1,4 @@
-"""Write one shard of the plan: what a worker process does."""
+"""Write one shard of the plan: what a worker process does. It imports little, since every worker starts anew."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.plan import Job
 from data_prep.quarantine import Rejected
 from data_prep.samples import Sample, from_array, from_bytes
 from data_prep.shard import EXTENSIONS, ShardFile, ShardWriter
@@ -39,6 +38,23 @@ class Task:
     resize: int | None
     trust: bool
     labels: dict[str, list[str]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One shard to write: the plan positions from `start`, one for each name.
+
+    `labels` is (n, L) int32, `pseudonyms` (n,) int64 with 0 for an unknown patient; `measure` is how many of the first
+    images count towards mean and standard deviation.
+    """
+
+    number: int
+    split: str
+    start: int
+    names: list[str]
+    labels: np.ndarray
+    pseudonyms: np.ndarray
+    measure: int
 
 
 @dataclass
@@ -104,16 +120,14 @@ def write_shard(task: Task, job: Job, tick: Callable[[int], None]) -> ShardResul
     rejected: list[tuple[int, str, str]] = []
     tallies = {1: Tally(), 3: Tally()}
     records = _Records(job.split, task.labels)
-    writer = ShardWriter(path)
     measured = 0
-    try:
+    with ShardWriter(path) as writer:
         for i, name in enumerate(job.names):
             if i % TICK == 0 and i:
                 tick(TICK)
-            measure = measured < job.measure
             position = job.start + i
             try:
-                sample = _load(task, name, measure)
+                sample = _load(task, name, measured < job.measure)
             except Rejected as reason:
                 rejected.append((position, reason.code, reason.message))
                 continue
@@ -125,14 +139,9 @@ def write_shard(task: Task, job: Job, tick: Callable[[int], None]) -> ShardResul
             extension = EXTENSIONS.index(sample.extension)
             rows.append((position, offset, len(sample.data), extension, *sample[2:6]))
         tick((len(job.names) - 1) % TICK + 1)
-    except BaseException:
-        writer.abandon()
-        raise
+        file = writer.close() if rows else None
     table = np.array(rows, np.int64).reshape(len(rows), 8)
-    if not rows:
-        writer.abandon()
-        return ShardResult(job.number, job.split, path, None, table, rejected, tallies)
-    return ShardResult(job.number, job.split, path, writer.close(), table, rejected, tallies)
+    return ShardResult(job.number, job.split, path, file, table, rejected, tallies)
 
 
 def _load(task: Task, name: str, measure: bool) -> Sample:
