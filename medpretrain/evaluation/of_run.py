@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from rich.console import Console
 
 from data_prep.dataset import Dataset
 from data_prep.errors import UserError, nearest
 from medpretrain.evaluation.evaluate import Result, evaluate
-from medpretrain.evaluation.report import show, write_json
+from medpretrain.evaluation.report import table, write_json
 from medpretrain.training.build import build_backbone, from_scratch, load_run
 
 
@@ -57,7 +58,9 @@ def evaluate_run(
         for name, backbone in backbones.items()
     }
     path = out or run / "evaluation" / f"{protocol}-{label}-{data.sha256[:8]}.json"
-    about = {"recipe": trained.recipe.name, "recipe_sha256": trained.recipe.sha256, "step": trained.info.step}
-    write_json(path, results, about)
-    show(results, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {name: [result] for name, result in results.items()})
+    console = Console()
+    console.print(table(results["trained"], results.get("random")))
+    console.print(f"written to {path}", soft_wrap=True)
     return results

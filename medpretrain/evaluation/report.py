@@ -16,44 +16,27 @@ METRICS = ("accuracy", "auroc", "aupr")
 _MUST_AGREE = ("protocol", "dataset_sha256", "label", "train_split", "test_split", "n_train", "n_test")
 
 
-def table(pairs: Sequence[tuple[Result, Result]]) -> Table:
-    """A row for each protocol and metric: the trained backbone, the random one, the difference.
-
-    Args:
-        pairs: (trained, random) of the same evaluation.
+def table(trained: Result, random: Result | None = None) -> Table:
+    """A row a metric: the trained backbone and, where there is one, the random one and the difference.
 
     Raises:
-        UserError: the two of a pair were not measured on the same thing.
+        UserError: the two were not measured on the same thing.
     """
-    shown = Table(title="Frozen features, test split")
-    for heading in ("protocol", "label", "images", "metric"):
-        shown.add_column(heading)
-    for heading in ("trained", "random", "difference"):
+    differing = [name for name in _MUST_AGREE if random and getattr(trained, name) != getattr(random, name)]
+    if differing:
+        raise UserError(f"the trained and the random backbone differ in {', '.join(differing)}; compare like with like")
+    shown = Table(title=f"{trained.protocol} on frozen features, label {trained.label!r}")
+    shown.add_column(f"{trained.n_train} train, {trained.n_test} test images")
+    for heading in ("trained", "random", "difference") if random else ("trained",):
         shown.add_column(heading, justify="right")
-    notes: list[str] = []
-    for trained, random in pairs:
-        differing = [name for name in _MUST_AGREE if getattr(trained, name) != getattr(random, name)]
-        if differing:
-            raise UserError(
-                f"the trained and the random backbone differ in {', '.join(differing)}; compare like with like"
-            )
-        for metric in METRICS:
-            first = metric == METRICS[0]
-            ours, baseline = getattr(trained, metric), getattr(random, metric)
-            shown.add_row(
-                trained.protocol if first else "",
-                trained.label if first else "",
-                f"{trained.n_train} train, {trained.n_test} test" if first else "",
-                metric,
-                f"{ours:.4f}",
-                f"{baseline:.4f}",
-                f"{ours - baseline:+.4f}",
-                end_section=metric == METRICS[-1],
-            )
-        notes.append(_note(trained))
-        if not (trained.parameters.get("converged", True) and random.parameters.get("converged", True)):
-            notes.append("the linear probe did not converge")
-    shown.caption = "\n".join(dict.fromkeys(notes))
+    for metric in METRICS:
+        ours = getattr(trained, metric)
+        against = [f"{getattr(random, metric):.4f}", f"{ours - getattr(random, metric):+.4f}"] if random else []
+        shown.add_row(metric, f"{ours:.4f}", *against)
+    notes = [_note(trained)]
+    if not all(result.parameters.get("converged", True) for result in (trained, random) if result):
+        notes.append("the linear probe did not converge")
+    shown.caption = "\n".join(notes)
     return shown
 
 

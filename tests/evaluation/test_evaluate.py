@@ -169,7 +169,7 @@ def test_the_table_shows_the_difference_to_the_random_backbone() -> None:
     trained = run(FakeDataset())
     random = trained.model_copy(update={"accuracy": 0.25})
     console = Console(width=140, record=True, file=io.StringIO())
-    console.print(table([(trained, random)]))
+    console.print(table(trained, random))
     text = console.export_text()
     assert "1.0000" in text
     assert "0.2500" in text
@@ -180,7 +180,7 @@ def test_the_table_shows_the_difference_to_the_random_backbone() -> None:
 def test_results_on_other_data_are_not_compared() -> None:
     trained = run(FakeDataset())
     with pytest.raises(UserError, match="dataset_sha256"):
-        table([(trained, trained.model_copy(update={"dataset_sha256": "0" * 64}))])
+        table(trained, trained.model_copy(update={"dataset_sha256": "0" * 64}))
 
 
 def test_json_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
