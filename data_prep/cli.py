@@ -129,10 +129,9 @@ def _report(summary: Summary) -> None:
         vocabulary = info.labels[name]
         shown = ", ".join(vocabulary.names[:12]) + (", ..." if len(vocabulary.names) > 12 else "")
         typer.echo(f"  label {name} ({len(vocabulary.names)} values, readable in the dataset): {shown}")
-    if info.patients.images_without and len(info.splits) > 1:
-        typer.echo(
-            f"  patients of {info.patients.images_without} images unknown: one may be in two splits (see --patient-pattern)"
-        )
+    unknown = info.patients.images_without
+    if unknown and len(info.splits) > 1:
+        typer.echo(f"  {unknown} images without a known patient, who may be in two splits (see --patient-pattern)")
     typer.echo(f"  private: {summary.private} links samples to files and patients; keep it where it is")
 
 
