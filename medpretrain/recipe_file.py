@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from data_prep.errors import UserError, nearest
 from medpretrain.recipe import Recipe
+
+_log = logging.getLogger(__name__)
 
 Location = tuple[str | int, ...]
 
@@ -151,6 +155,7 @@ def _with_checked_method(
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise
+        _say_what_is_unchecked()
         return recipe
     try:
         options = method.options.model_validate_json(json.dumps(recipe.method), strict=True)
@@ -164,6 +169,11 @@ def _with_checked_method(
     if method.needs_labels and not recipe.data.labels:
         raise refuse(("data", "labels"), f"method {name} learns from labels; name them, as in [modality, anatomy]")
     return recipe.model_copy(update={"method": options.model_dump(mode="json")})
+
+
+@cache
+def _say_what_is_unchecked() -> None:
+    _log.warning("torch is not installed here: a method's options and views are checked where training starts")
 
 
 def _explain(

@@ -96,7 +96,8 @@ def load_run(run: Path) -> TrainedRun:
     dataset: DatasetFacts = state["dataset"]
     method = build_method(from_scratch(recipe), dataset["label_sizes"])
     method.load_state_dict(state["method"])
-    assert recipe.data.mean is not None and recipe.data.std is not None
+    assert recipe.data.mean is not None
+    assert recipe.data.std is not None
     preprocessing = Preprocessing(
         image_size(recipe), recipe.data.channels, recipe.data.mean, recipe.data.std, bit_depth=dataset["bit_depth"]
     )

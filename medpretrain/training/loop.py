@@ -115,7 +115,8 @@ def with_normalisation(recipe: Recipe, dataset: Dataset) -> Recipe:
 
 def build_stream(recipe: Recipe, dataset: Dataset, process: Process) -> Stream:
     data = recipe.data
-    assert data.mean is not None and data.std is not None
+    assert data.mean is not None
+    assert data.std is not None
     return Stream(
         dataset,
         recipe.views,
