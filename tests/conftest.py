@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +13,6 @@ chest: {modality: CT, anatomy: lung}
 head: {modality: MR, anatomy: brain}
 hand: {modality: CR, anatomy: hand}
 """
-
-
-@pytest.fixture(scope="session")
-def shared_data() -> Path:
-    """Real images, by path; MEDPRETRAIN_TEST_DATA or ../shared/data beside the checkout."""
-    folder = Path(os.environ.get("MEDPRETRAIN_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
-    if not folder.is_dir():
-        pytest.skip(f"the real images are not there ({folder}); set MEDPRETRAIN_TEST_DATA")
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,81 @@
+"""One step: schedules, clipping, the collapse alarm, and what a state dict holds."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from medpretrain.data.batches import Batch
+from medpretrain.recipe import Recipe
+from medpretrain.training.build import build_method
+from medpretrain.training.process import Process
+from medpretrain.training.trainer import Trainer, feature_std
+
+ALONE = Process(rank=0, world=1, local_rank=0, local_world=1, device=torch.device("cpu"))
+
+
+def trainer(**optim):
+    recipe = Recipe.model_validate(
+        {
+            "name": "one",
+            "data": {"channels": 1, "labels": ["modality"]},
+            "backbone": {"name": "test_vit"},
+            "views": {"crop": {"size": 32, "count": 2}},
+            "method": {"name": "modan_mulsupcon"},
+            "optim": {"name": "sgd", "lr": 0.1} | optim,
+            "train": {"steps": 10, "global_batch": 4},
+        }
+    )
+    return Trainer(build_method(recipe, {"modality": 2}), recipe, ALONE, total=10, steps_per_epoch=5.0)
+
+
+def batch(step):
+    torch.manual_seed(step)
+    views = {"crop": [torch.randn(4, 1, 32, 32) for _ in range(2)]}
+    return Batch(step, seed=0, size=4, first=0, micro=[views], labels={"modality": torch.tensor([0, 1, 0, 1])})
+
+
+def test_learning_rate_and_decay_follow_their_schedules():
+    one = trainer(lr=0.2, lr_batch=8, warmup=0.4, final_lr=0.01, weight_decay=0.1, final_weight_decay=0.3)
+    rates = [one.step(batch(step)).lr for step in range(10)]
+    assert rates[:5] == pytest.approx([0.0, 0.025, 0.05, 0.075, 0.1])
+    assert rates[5] > rates[9] > 0.01
+    decays = {group["decay"]: group["weight_decay"] for group in one.optimizer.param_groups}
+    assert decays[False] == 0.0
+    assert 0.29 < decays[True] < 0.3
+
+
+def test_a_step_lowers_the_loss_of_its_batch():
+    one = trainer(lr=0.01)
+    losses = [one.step(batch(0)).loss.item() for _ in range(8)]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("each", [False, True])
+def test_gradients_are_clipped_together_or_each(each):
+    one = trainer(clip=1e-3, clip_each=each)
+    measured = one.step(batch(0))
+    norms = torch.stack([p.grad.norm() for p in one.method.parameters() if p.grad is not None])
+    assert measured.grad_norm > 1e-3  # what is reported is the norm before
+    largest = norms.max() if each else norms.norm()
+    assert largest.item() == pytest.approx(1e-3, rel=1e-2)
+    assert (norms.norm() > 2e-3) == each
+
+
+def test_the_collapse_alarm_tells_spread_from_collapsed_features():
+    torch.manual_seed(0)
+    assert feature_std(torch.randn(512, 64)).item() == pytest.approx(1.0, abs=0.05)
+    assert feature_std(torch.ones(32, 64) * torch.rand(32, 1)).item() == pytest.approx(0.0, abs=1e-3)
+
+
+def test_a_trainer_goes_on_from_its_state_as_if_never_stopped():
+    one, other = trainer(name="adamw", lr=1e-3), trainer(name="adamw", lr=1e-3)
+    for step in range(3):
+        one.step(batch(step))
+    other.load_state_dict(copy.deepcopy(one.state_dict()))
+    for step in range(3, 5):
+        assert torch.equal(one.step(batch(step)).loss, other.step(batch(step)).loss)
+    for a, b in zip(one.method.parameters(), other.method.parameters(), strict=True):
+        assert torch.equal(a, b)
