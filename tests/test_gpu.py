@@ -1,0 +1,128 @@
+"""What a CUDA device must do alike; `make test-gpu` runs these and they fail where there is none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from data_prep.dataset import Dataset
+from medpretrain.data.augment import apply, pixel_noise
+from medpretrain.data.batches import Batch, Stream
+from medpretrain.data.views import BiasField, Blur, Jitter, Noise, View
+from medpretrain.recipe import Recipe
+from medpretrain.training.build import build_method
+from medpretrain.training.loop import train
+from medpretrain.training.process import Process
+from medpretrain.training.trainer import Trainer
+
+pytestmark = pytest.mark.gpu
+
+VIEWS = {
+    "crop": View(
+        size=32,
+        count=2,
+        crop=(0.3, 1.0),
+        flip=0.5,
+        jitter=Jitter(brightness=0.4, contrast=0.4),
+        blur=Blur(),
+        noise=Noise(),
+        bias_field=BiasField(),
+    )
+}
+
+
+@pytest.fixture(scope="module")
+def cuda():
+    return torch.device("cuda:0")
+
+
+def batch_on(device, folder) -> Batch:
+    stream = Stream(
+        Dataset.open(folder), VIEWS, split="train", seed=0, global_batch=16, channels=1, mean=[0.4], std=[0.3],
+        device=device, threads=2, labels=["modality", "anatomy"],
+    )  # fmt: skip
+    batches = stream.batches(2)
+    batch = next(batches)
+    batches.close()
+    return batch
+
+
+def test_noise_has_the_same_hashes_on_both_devices(cuda):
+    keys = torch.tensor([3, 1 << 50])
+    torch.testing.assert_close(pixel_noise(keys.to(cuda), (3, 32, 32)).cpu(), pixel_noise(keys, (3, 32, 32)))
+
+
+def test_augmentation_agrees_with_the_cpu(cuda, small_dataset):
+    stream = Stream(
+        Dataset.open(small_dataset), VIEWS, split="train", seed=0, global_batch=16, channels=1, mean=[0.4], std=[0.3],
+        device=cuda, threads=2,
+    )  # fmt: skip
+    places = stream.order.step(0, 16)
+    view, chosen = stream.parameters(places, stream.dataset.rows("train")[places.sample])[0]
+    images, mean, std = torch.rand(16, 1, 32, 32), torch.tensor([0.4]), torch.tensor([0.3])
+    on_cpu = apply(images.clone(), view, chosen, mean, std)
+    on_gpu = apply(images.to(cuda), view, chosen, mean.to(cuda), std.to(cuda)).cpu()
+    torch.testing.assert_close(on_gpu, on_cpu, atol=2e-4, rtol=1e-4)
+
+
+def test_the_stream_delivers_the_cpus_batch_up_to_rounding(cuda, small_dataset):
+    on_cpu, on_gpu = batch_on(torch.device("cpu"), small_dataset), batch_on(cuda, small_dataset)
+    for a, b in zip(on_cpu.micro[0]["crop"], on_gpu.micro[0]["crop"], strict=True):
+        assert b.is_cuda
+        assert ((a - b.cpu()).abs() * 0.3 * 255).mean() < 1.0  # gray levels
+
+
+@pytest.mark.parametrize("method", ["dino", "modan_mulsupcon", "amimv"])
+def test_a_step_on_the_gpu_has_the_loss_and_gradient_of_the_cpu(method, cuda):
+    views = {
+        "dino": {"global": 2, "local": 2},
+        "modan_mulsupcon": {"crop": 2},
+        "amimv": {"normalised": 1, "augmented": 1},
+    }
+    options = {"dino": {"prototypes": 16, "hidden": 16, "bottleneck": 8}}
+    recipe = Recipe.model_validate(
+        {
+            "name": "gpu",
+            "data": {"channels": 1, "labels": ["modality"]},
+            "backbone": {"name": "resnet18", "stem": "3x3"},
+            "views": {name: {"size": 32, "count": count} for name, count in views[method].items()},
+            "method": {"name": method, **options.get(method, {})},
+            "optim": {"name": "sgd", "lr": 0.1},
+            "train": {"steps": 5, "global_batch": 8},
+        }
+    )
+    found = {}
+    for device in (torch.device("cpu"), cuda):
+        torch.manual_seed(1)
+        images = {name: [torch.randn(8, 1, 32, 32).double() for _ in range(n)] for name, n in views[method].items()}
+        micro = {name: [one.to(device) for one in group] for name, group in images.items()}
+        labels = {"modality": torch.arange(8, device=device) % 3}
+        model = build_method(recipe, {"modality": 3}).double().to(device)
+        trainer = Trainer(model, recipe, Process(0, 1, 0, 1, device), total=5, steps_per_epoch=2.0)
+        loss, _ = trainer.backward(Batch(2, 0, 8, 0, [micro], labels), trainer.progress(2))
+        grads = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        found[device.type] = loss.cpu(), grads.cpu()
+    torch.testing.assert_close(found["cuda"][0], found["cpu"][0], rtol=1e-8, atol=1e-10)
+    a, b = found["cuda"][1], found["cpu"][1]
+    assert abs((a.norm() / b.norm()).item() - 1) < 1e-6
+    assert abs((a @ b / a.norm() / b.norm()).item() - 1) < 1e-6
+
+
+def test_a_run_in_bf16_trains_and_saves(cuda, small_dataset, tmp_path):
+    recipe = Recipe.model_validate(
+        {
+            "name": "gpu",
+            "device": "cuda",
+            "data": {"path": str(small_dataset), "channels": 1, "labels": ["modality", "anatomy"]},
+            "backbone": {"name": "resnet18", "stem": "3x3"},
+            "views": {"crop": {"size": 32, "count": 2, "crop": [0.3, 1.0], "blur": {}}},
+            "method": {"name": "modan_mulsupcon"},
+            "optim": {"name": "sgd", "lr": 0.05},
+            "train": {"steps": 6, "global_batch": 16, "precision": "bf16", "log_every": 1},
+            "run": {"dir": str(tmp_path / "run")},
+            "tracking": {"uri": "none"},
+        }
+    )
+    finished = train(recipe)
+    assert finished.step == 6
+    assert finished.checkpoint.is_dir()
