@@ -59,7 +59,8 @@ def evaluate_run(
     }
     path = out or run / "evaluation" / f"{protocol}-{label}-{data.sha256[:8]}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {name: [result] for name, result in results.items()})
+    recipe = trained.recipe
+    write_json(path, results, {"recipe": recipe.name, "recipe_sha256": recipe.sha256, "step": trained.info.step})
     console = Console()
     console.print(table(results["trained"], results.get("random")))
     console.print(f"written to {path}", soft_wrap=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.table import Table
@@ -50,15 +50,18 @@ def _note(result: Result) -> str:
     )
 
 
-def write_json(path: Path, results: Mapping[str, Sequence[Result]]) -> None:
-    """Write {"trained": [...], "random": [...]} or the like; the file is whole or not there.
+def write_json(path: Path, results: Mapping[str, Result], about: Mapping[str, str | int]) -> None:
+    """Write the results by name, `trained` and perhaps `random`, and `about`; the file is whole or not there.
+
+    Args:
+        about: which run and checkpoint was measured.
 
     Raises:
         UserError: the folder does not exist.
     """
     if not path.parent.is_dir():
         raise UserError(f"there is no folder {path.parent} to write {path.name} into")
-    text = json.dumps({name: [one.model_dump() for one in group] for name, group in results.items()}, indent=2)
+    text = json.dumps({"about": dict(about), **{name: one.model_dump() for name, one in results.items()}}, indent=2)
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with partial.open("w", encoding="utf-8") as file:

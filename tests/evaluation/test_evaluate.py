@@ -186,8 +186,10 @@ def test_results_on_other_data_are_not_compared() -> None:
 def test_json_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = run(FakeDataset())
     path = tmp_path / "eval.json"
-    write_json(path, {"trained": [result]})
-    assert Result(**json.loads(path.read_text())["trained"][0]) == result
+    write_json(path, {"trained": result}, {"step": 3})
+    written = json.loads(path.read_text())
+    assert Result(**written["trained"]) == result
+    assert written["about"] == {"step": 3}
     before = path.read_bytes()
 
     def full(descriptor: int) -> None:
@@ -195,11 +197,11 @@ def test_json_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="no space"):
-        write_json(path, {"trained": []})
+        write_json(path, {}, {})
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["eval.json"]
 
 
 def test_json_into_a_missing_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no folder"):
-        write_json(tmp_path / "none" / "eval.json", {})
+        write_json(tmp_path / "none" / "eval.json", {}, {})
