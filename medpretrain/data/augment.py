@@ -82,10 +82,11 @@ def blur_matrix(sigma_N: Tensor, size: int, kernel: int) -> Tensor:
 
 
 def _add_noise(x_NCSS: Tensor, level_N: Tensor, key_N: Tensor) -> None:
-    """Add noise to the images whose level is positive; one at a time, so that the hashes stay in the cache."""
-    for image in level_N.nonzero().flatten().tolist():
-        noise = pixel_noise(key_N[image : image + 1].to(x_NCSS.device), x_NCSS.shape[1:])
-        x_NCSS[image].add_(noise[0], alpha=level_N[image].item())
+    """Add noise to the images whose level is positive; on CPU one at a time, so that the hashes stay in the cache."""
+    noisy = level_N.nonzero().flatten()
+    for rows in noisy.split(1 if x_NCSS.device.type == "cpu" else max(1, len(noisy))):
+        key, level = key_N[rows].to(x_NCSS.device), level_N[rows].to(x_NCSS.device)
+        x_NCSS[rows.to(x_NCSS.device)] += pixel_noise(key, x_NCSS.shape[1:]) * level[:, None, None, None]
 
 
 def pixel_noise(key_N: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from data_prep.dataset import Dataset
@@ -12,6 +11,7 @@ from data_prep.errors import UserError, nearest
 from medpretrain.evaluation.evaluate import Result, evaluate
 from medpretrain.evaluation.report import table, write_json
 from medpretrain.training.build import build_backbone, from_scratch, load_run
+from medpretrain.training.process import choose_device
 
 
 def evaluate_run(
@@ -39,7 +39,7 @@ def evaluate_run(
         raise UserError(f"there is no baseline {baseline!r}{nearest(str(baseline), ['random'])}")
     trained = load_run(run)
     data = Dataset.open(dataset)
-    where = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
+    where = choose_device(device)
     backbones = {"trained": trained.backbone}
     if baseline == "random":
         backbones["random"] = build_backbone(from_scratch(trained.recipe))

@@ -80,7 +80,7 @@ def train(recipe: Recipe, resume: Resume = "auto") -> Finished:
             use_global_batchnorm(method, process.device)
         trainer = Trainer(method, recipe, process, total=total, steps_per_epoch=stream.steps_per_epoch)
 
-        start_from = process.agreed(lambda: _start_from(recipe, resume, about))
+        start_from = process.agreed(lambda: _start_from(recipe.run_dir, resume))
         step = 0
         if start_from is not None:
             state, info = checkpoint.load(start_from, map_location=process.device)
@@ -89,11 +89,13 @@ def train(recipe: Recipe, resume: Resume = "auto") -> Finished:
             step = info.step
             del state
         run = recipe.run_dir
-        if process.leads:
+
+        def open_folder() -> None:
             run.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_only_writer(run))
             (run / RECIPE_FILE).write_text(about.recipe)
-        process.agreed(lambda: None)  # the folder is there for all
+
+        process.agreed(open_folder)
         reporter = stack.enter_context(_reporting(recipe, run, process, total, step))
 
         def save(step: int) -> Path:
@@ -174,9 +176,8 @@ def _steps(
         batches.close()
 
 
-def _start_from(recipe: Recipe, resume: Resume, about: CheckpointInfo) -> Path | None:
+def _start_from(run: Path, resume: Resume) -> Path | None:
     """The checkpoint to go on from; the run folder's state is checked before anything is written into it."""
-    run = recipe.run_dir
     if isinstance(resume, Path):
         return resume
     if run.exists() and not run.is_dir():
@@ -189,8 +190,6 @@ def _start_from(recipe: Recipe, resume: Resume, about: CheckpointInfo) -> Path |
     found = checkpoint.newest(run) if kept else None
     if kept and found is None:
         raise UserError(f"none of the checkpoints in {run / 'checkpoints'} is whole; move them away to start anew")
-    if found is not None:
-        _refuse_other(recipe, checkpoint.verify(found), about, found)
     return found
 
 
@@ -288,6 +287,6 @@ def _reporting(recipe: Recipe, run: Path, process: Process, total: int, start: i
             {key: str(value) for key, value in flatten(recipe.resolved())} | {"recipe_sha256": recipe.sha256},
             [run / RECIPE_FILE],
         )
-        stack.callback(tracker.close, timeout_s=30.0)
+        stack.push(lambda kind, *_: tracker.close(timeout_s=30.0, status="FAILED" if kind else "FINISHED"))
         reporter.display = stack.enter_context(Display(total, start_step=start, collapse_below=COLLAPSE))
         yield reporter

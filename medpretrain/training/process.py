@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from data_prep.errors import UserError
+from data_prep.errors import UserError, nearest
 
 _TIMEOUT = timedelta(minutes=10)  # a lost rank should not hold the others for long
 Result = TypeVar("Result")
@@ -54,6 +54,24 @@ class Process:
         return result  # type: ignore[return-value]
 
 
+def choose_device(device: str, local_rank: int = 0) -> torch.device:
+    """The device that `cpu`, `cuda` or `auto` means for a process of this host.
+
+    Raises:
+        UserError: another word, or more processes than CUDA devices.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"there is no device {device!r}{nearest(device, ('auto', 'cpu', 'cuda'))}")
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if torch.cuda.device_count() <= local_rank:
+        seen = torch.cuda.device_count()
+        raise UserError(
+            f"process {local_rank} of this host has no CUDA device: torch sees {seen}; device=cpu needs none"
+        )
+    return torch.device("cuda", local_rank)
+
+
 @contextmanager
 def joined(device: str) -> Iterator[Process]:
     """Join the process group that torchrun describes in the environment; alone where it describes none.
@@ -62,25 +80,19 @@ def joined(device: str) -> Iterator[Process]:
         device: `cpu`, `cuda` or `auto`.
 
     Raises:
-        UserError: `cuda` is asked for and there is none, or fewer devices than processes on this host.
+        UserError: see `choose_device`.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if kind == "cuda":
-        if torch.cuda.device_count() <= local_rank:
-            raise UserError(
-                f"device=cuda needs {local_world} CUDA devices on this host, torch sees {torch.cuda.device_count()}; "
-                "device=cpu trains without"
-            )
-        torch.cuda.set_device(local_rank)
-    own = torch.device(f"cuda:{local_rank}" if kind == "cuda" else kind)
+    own = choose_device(device, local_rank)
+    if own.type == "cuda":
+        torch.cuda.set_device(own)
     process = Process(rank, world, local_rank, local_world, own)
     if world == 1:
         yield process
         return
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=_TIMEOUT)
+    dist.init_process_group("nccl" if own.type == "cuda" else "gloo", timeout=_TIMEOUT)
     try:
         yield process
     finally:
