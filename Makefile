@@ -10,7 +10,7 @@ demo: $(VENV)/.installed
 	$(BIN)/medpretrain demo $(if $(OUT),--out $(OUT))
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu" $(ARGS)
 
 test-gpu: $(VENV)/.installed
 	$(BIN)/python -m pytest -m gpu $(ARGS)
