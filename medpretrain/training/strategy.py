@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -12,6 +13,8 @@ from medpretrain.data.batches import Views
 from medpretrain.methods.base import Method, Outputs
 from medpretrain.training.process import Process
 
+_RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters  # torch 2.15
+
 
 class DistributedData:
     """A copy of the method on every process; gradients are averaged over processes during the backward pass."""
@@ -21,9 +24,9 @@ class DistributedData:
         self._wrapped: nn.Module = method
         if process.world > 1:
             # Buffers stay each process's own: those that matter are the same everywhere by construction.
-            self._wrapped = DistributedDataParallel(
-                method, device_ids=[process.device] if process.device.type == "cuda" else None, broadcast_buffers=False
-            )
+            keep_buffers = {"forward_sync_buffers" if _RENAMED else "broadcast_buffers": False}
+            devices = [process.device] if process.device.type == "cuda" else None
+            self._wrapped = DistributedDataParallel(method, device_ids=devices, **keep_buffers)  # type: ignore[arg-type]
 
     def forward(self, views: Views) -> Outputs:
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
