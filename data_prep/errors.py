@@ -1,4 +1,4 @@
-"""The error for what a user did, and the nearest right name to put into it."""
+"""The errors a user sees, and the nearest right name to put into one."""
 
 from __future__ import annotations
 
@@ -10,6 +10,13 @@ class UserError(ValueError):
     """Something the user gave cannot be used; the message says what, where and what would be right.
 
     The command line prints the message alone and exits with code 2.
+    """
+
+
+class WorkFailed(RuntimeError):
+    """Work that was asked for rightly cannot be ended; the message names the cause and what to do.
+
+    The command line prints the message alone and exits with code 1.
     """
 
 

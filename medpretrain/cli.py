@@ -16,7 +16,7 @@ from rich.logging import RichHandler
 from rich.table import Table
 
 import data_prep.cli
-from data_prep.errors import UserError
+from data_prep.errors import UserError, WorkFailed
 from medpretrain.recipe_file import dump_recipe, load_recipe, recipe_files
 
 app = typer.Typer(
@@ -144,9 +144,7 @@ def main() -> None:
         app()
     except UserError as error:
         _fail(error, 2)
-    except RuntimeError as error:
-        if type(error).__name__ != "RunFailed":  # its class lives beside torch
-            raise
+    except WorkFailed as error:
         _fail(error, 1)
 
 

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from medpretrain import cli
+from medpretrain.training.checkpoint import verify
 from medpretrain.training.metrics_log import read_metrics
 
 RECIPE = """\
@@ -96,12 +97,16 @@ def test_train_resume_evaluate_export_and_what_is_refused_on_the_way(medpretrain
     assert code == 0
     assert "accuracy" in text
     assert len(list((run / "evaluation").glob("knn-class-*.json"))) == 1
+    one = run / "checkpoints" / "step-00000003"
+    assert medpretrain("evaluate", "knn", one, small_dataset)[0] == 0
+    verify(one)  # nothing was written into it
     assert medpretrain("evaluate", "linear", run, small_dataset, "--label", "modality")[0] == 0
 
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "thesis.txt").write_text("mine")
     refused(medpretrain("export", run, tmp_path / "theirs"), "theirs")
     refused(medpretrain("train", recipe, f"run.dir={tmp_path / 'theirs'}"), "not a run")
+    refused(medpretrain("train", recipe, f"run.dir={tmp_path / 'theirs'}", "--resume", one), "not a run")
     assert [path.name for path in (tmp_path / "theirs").iterdir()] == ["thesis.txt"]
     assert medpretrain("export", run, out)[0] == 0
     assert {"config.json", "model.safetensors", "README.md"} <= {path.name for path in out.iterdir()}

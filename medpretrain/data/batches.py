@@ -90,7 +90,7 @@ class Stream:
         views: the kinds of views a method asks for.
         labels: the label kinds that travel with a batch.
         share: this process's part.
-        trace: a file to which the epoch, key and parameter digest of every delivered sample is written.
+        trace: a file to which epoch, row and parameter digest of every sample that goes into the pipeline are appended.
 
     Raises:
         UserError: fewer samples than the global batch, a global batch that the share does not divide, an unknown label.
@@ -228,7 +228,6 @@ def plain_batches(
     threads: int = 2,
 ) -> Iterator[Tensor]:
     """The images of `rows` in order, resized to size x size and normalised: (n, C, size, size), n <= batch."""
-    view = View(size=size)
     whole = Crops(
         np.zeros((batch, 2), dtype=np.float32), np.ones((batch, 2), dtype=np.float32), np.zeros(batch, dtype=np.bool_)
     )
@@ -241,7 +240,7 @@ def plain_batches(
 
     pipeline = CropPipeline(
         feeds(),
-        sizes=[view.size],
+        sizes=[size],
         batch=batch,
         channels=channels,
         bit_depth=dataset.bit_depth,

@@ -57,7 +57,8 @@ def evaluate_run(
         )
         for name, backbone in backbones.items()
     }
-    path = out or run / "evaluation" / f"{protocol}-{label}-{data.sha256[:8]}.json"
+    name = f"{protocol}-{label}-{data.sha256[:8]}-step{trained.info.step}.json"
+    path = out or trained.folder / "evaluation" / name
     path.parent.mkdir(parents=True, exist_ok=True)
     recipe = trained.recipe
     write_json(path, results, {"recipe": recipe.name, "recipe_sha256": recipe.sha256, "step": trained.info.step})

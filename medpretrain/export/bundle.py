@@ -18,7 +18,7 @@ import torch
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-from data_prep.errors import UserError
+from data_prep.errors import UserError, WorkFailed
 from medpretrain.export.card import Provenance, enlargement_note, model_card
 from medpretrain.models.backbones import Stem, as_plain_timm_state, create_backbone
 from medpretrain.models.preprocessing import Preprocessing
@@ -30,7 +30,7 @@ _BATCHES = (1, 2, 7)
 _STEM_CONV = "conv1.weight"
 
 
-class FeaturesDiffer(RuntimeError):
+class FeaturesDiffer(WorkFailed):
     """The folder, loaded back, does not compute what the trained backbone computes; nothing was written."""
 
 

@@ -74,6 +74,8 @@ class DatasetFacts(TypedDict):
 class TrainedRun:
     """What a run has come to: its recipe, its newest whole checkpoint, and the backbone in it."""
 
+    folder: Path
+    """The run's, also where one of its checkpoints was asked for: a checkpoint takes no other file."""
     recipe: Recipe
     info: CheckpointInfo
     backbone: nn.Module
@@ -101,7 +103,9 @@ def load_run(run: Path) -> TrainedRun:
     preprocessing = Preprocessing(
         image_size(recipe), recipe.data.channels, recipe.data.mean, recipe.data.std, bit_depth=dataset["bit_depth"]
     )
-    return TrainedRun(recipe, info, method.exported.eval(), preprocessing, dataset)
+    return TrainedRun(
+        run.parent.parent if single else run, recipe, info, method.exported.eval(), preprocessing, dataset
+    )
 
 
 def from_scratch(recipe: Recipe) -> Recipe:

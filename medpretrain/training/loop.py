@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 
 from data_prep.dataset import Dataset
-from data_prep.errors import UserError
+from data_prep.errors import UserError, WorkFailed
 from medpretrain.data.batches import Share, Stream, dataset_normalisation
 from medpretrain.models.batchnorm import use_global_batchnorm
 from medpretrain.recipe import Recipe, flatten
@@ -39,7 +39,7 @@ COLLAPSE = 0.05
 """Feature std below which the display warns; untrained backbones have 0.5 to 0.9 on medical images."""
 
 
-class RunFailed(RuntimeError):
+class RunFailed(WorkFailed):
     """Training cannot go on; the message names the cause, the step and how to resume."""
 
 
@@ -178,12 +178,12 @@ def _steps(
 
 def _start_from(run: Path, resume: Resume) -> Path | None:
     """The checkpoint to go on from; the run folder's state is checked before anything is written into it."""
-    if isinstance(resume, Path):
-        return resume
     if run.exists() and not run.is_dir():
         raise UserError(f"run.dir={run} is a file")
     if run.is_dir() and any(run.iterdir()) and not (run / RECIPE_FILE).is_file():
         raise UserError(f"run.dir={run} holds something that is not a run; give another folder")
+    if isinstance(resume, Path):
+        return resume
     kept = sorted((run / "checkpoints").glob("step-*"))
     if kept and resume == "never":
         raise UserError(f"{run} has checkpoints already and --resume never would train over them; set another run.dir")

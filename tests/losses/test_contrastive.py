@@ -14,37 +14,34 @@ from medpretrain.losses.contrastive import mul_sup_con, multi_hot, nt_xent
 from medpretrain.losses.distillation import dino_loss
 
 
-def nt_xent_by_the_equation(z, temperature):
+def by_the_equation(z, temperature, weight):
+    """The mean over anchors of -1/|P| sum_p w log p, with `weight(n, m)` of images n and m; None: not a positive."""
     views, images, _ = z.shape
     flat = [(v, n, z[v, n] / z[v, n].norm()) for v in range(views) for n in range(images)]
     total = 0.0
     for v, n, anchor in flat:
         others = [(w, m, key) for w, m, key in flat if (w, m) != (v, n)]
         denominator = sum(torch.exp(anchor @ key / temperature) for _, _, key in others)
-        positives = [key for _, m, key in others if m == n]
-        total = total - sum(torch.log(torch.exp(anchor @ key / temperature) / denominator) for key in positives) / len(
-            positives
-        )
+        positives = [(weight(n, m), key) for _, m, key in others if weight(n, m) is not None]
+        log_p = [w * torch.log(torch.exp(anchor @ key / temperature) / denominator) for w, key in positives]
+        total = total - sum(log_p) / len(log_p)
     return total / len(flat)
+
+
+def nt_xent_by_the_equation(z, temperature):
+    return by_the_equation(z, temperature, lambda n, m: 1.0 if m == n else None)
 
 
 def mul_sup_con_by_the_equation(z, labels, temperature, threshold):
-    views, images, _ = z.shape
-    flat = [(v, n, z[v, n] / z[v, n].norm()) for v in range(views) for n in range(images)]
-    total = 0.0
-    for v, n, anchor in flat:
-        others = [(w, m, key) for w, m, key in flat if (w, m) != (v, n)]
-        denominator = sum(torch.exp(anchor @ key / temperature) for _, _, key in others)
-        positives = []
-        for _, m, key in others:
-            a, b = set(labels[n].nonzero().flatten().tolist()), set(labels[m].nonzero().flatten().tolist())
-            weight = 1.0 if m == n else len(a & b) / len(a | b) if a | b else 0.0
-            if weight >= threshold - 1e-6:
-                positives.append((weight, key))
-        total = total - sum(
-            w * torch.log(torch.exp(anchor @ k / temperature) / denominator) for w, k in positives
-        ) / len(positives)
-    return total / len(flat)
+    bits = [set(row.nonzero().flatten().tolist()) for row in labels]
+
+    def jaccard(n, m):
+        if m == n:
+            return 1.0
+        similarity = len(bits[n] & bits[m]) / len(bits[n] | bits[m]) if bits[n] | bits[m] else 0.0
+        return similarity if similarity >= threshold - 1e-6 else None
+
+    return by_the_equation(z, temperature, jaccard)
 
 
 @given(views=st.integers(2, 3), images=st.integers(1, 5), seed=st.integers(0, 10**6))
