@@ -1,0 +1,1 @@
+"""DICOM in: walk, de-identify, decode."""
