@@ -4,38 +4,73 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from data_prep.dataset import Dataset, read_info
-from data_prep.images import SHARD_SIZE, Summary, prepare
+from data_prep.dicom.pseudonyms import write_key
+from data_prep.images import Images
 from data_prep.labels import VOCABULARIES
+from data_prep.options import SHARD_SIZE, Options, Running, parse_part
 from data_prep.plan import parse_split
+from data_prep.prepare import Kind, Summary, Unfinished, prepare
+from data_prep.progress import progress
 from data_prep.stats import stats
 from data_prep.verify import verify
 
 app = typer.Typer(help="Turn images into a checked, de-identified dataset of shards.", no_args_is_help=True)
 
 
-@contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar on a terminal, nothing in a log file."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield None
+# Options that every kind of source knows
+
+Out = Annotated[
+    str, typer.Argument(help="The dataset: a folder, or a URL such as s3://bucket/folder.", show_default=False)
+]
+Split = Annotated[
+    str | None, typer.Option(help="Split by patient (by image where unknown): train=0.8,val=0.1,test=0.1.")
+]
+Seed = Annotated[
+    int,
+    typer.Option(help="Of shuffle, split and numbers of patients. Keep yours secret where ids can be guessed."),
+]
+ShardSize = Annotated[int, typer.Option(help="The most images in a shard.")]
+Duplicates = Annotated[str, typer.Option(help="What to find: off, exact (the same pixels), near (about the same too).")]
+DropDuplicates = Annotated[
+    bool,
+    typer.Option("--drop-duplicates", help="Keep one of the images that are the same; quarantine the others."),
+]
+Resize = Annotated[
+    int | None, typer.Option(help="Shrink larger images to this shorter side, in pixels; they are re-encoded.")
+]
+KeyFile = Annotated[
+    Path | None, typer.Option(help="Key of the patients' pseudonyms: at least 32 random bytes, see 'prep key'.")
+]
+Workers = Annotated[int, typer.Option(help="Processes. The result does not depend on it.")]
+Cluster = Annotated[
+    str | None, typer.Option(help="A Dask scheduler, tcp://host:port, whose workers see SOURCE and OUT.")
+]
+Part = Annotated[
+    str | None, typer.Option(help="Do one part of n, as 3/8; the part that ends last finishes. For job arrays.")
+]
+Private = Annotated[Path | None, typer.Option(help="Where the link table goes, OUT.private if not given.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a dataset in OUT, and forget an unfinished run.")]
+Append = Annotated[bool, typer.Option("--append", help="Add what is new in SOURCE to the dataset, as new shards.")]
+
+
+def _prepare(kind: Kind, out: str, options: Options, part: str | None, **running: Any) -> None:
+    """Run one kind of preparation and say what came of it."""
+    with progress() as on_progress:
+        result = prepare(kind, out, options, Running(part=parse_part(part), on_progress=on_progress, **running))
+    if isinstance(result, Unfinished):
+        typer.echo(f"{result.out}: this part is done; {result.left} shards of other parts are still to be written")
         return
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task(what, total=None)
-        yield lambda done, total: progress.update(bar, completed=done, total=total)
+    _report(result)
 
 
 @app.command("images")
@@ -48,7 +83,7 @@ def images_command(
             show_default=False,
         ),
     ],
-    out: Annotated[Path, typer.Argument(help="The dataset: a folder that does not exist yet.", show_default=False)],
+    out: Out,
     labels: Annotated[
         str | None,
         typer.Option(help="Modality and anatomy by class: a YAML file, or mednist, fundus, breastmnist."),
@@ -65,65 +100,48 @@ def images_command(
             help=r"Regular expression; its group 1 in an image's path is the patient: '(\d+)_(?:left|right)'."
         ),
     ] = None,
-    split: Annotated[
-        str | None, typer.Option(help="Split by patient (by image where unknown): train=0.8,val=0.1,test=0.1.")
-    ] = None,
-    seed: Annotated[
-        int,
-        typer.Option(
-            help="Of shuffle, split and pseudonyms. Keep a number of your own secret where ids can be guessed."
-        ),
-    ] = 0,
-    resize: Annotated[
-        int | None, typer.Option(help="Shrink larger images to this shorter side, in pixels; they are re-encoded.")
-    ] = None,
     trust_images: Annotated[
         bool, typer.Option("--trust-images", help="Read headers only: much faster, but damaged pixels pass.")
     ] = False,
-    shard_size: Annotated[int, typer.Option(help="The most images in a shard.")] = SHARD_SIZE,
-    workers: Annotated[int, typer.Option(help="Processes. The result does not depend on it.")] = 1,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an earlier dataset in OUT, and its link table.")
-    ] = False,
+    resize: Resize = None,
+    key_file: KeyFile = None,
+    split: Split = None,
+    seed: Seed = 0,
+    shard_size: ShardSize = SHARD_SIZE,
+    duplicates: Duplicates = "near",
+    drop_duplicates: DropDuplicates = False,
+    workers: Workers = 1,
+    cluster: Cluster = None,
+    part: Part = None,
+    private: Private = None,
+    overwrite: Overwrite = False,
+    append: Append = False,
 ) -> None:
     """Pack images into shards, checked and without metadata.
 
     File names, patient ids, EXIF, comments and text chunks do not enter the dataset; burned-in text and the names of
     classes do. Damaged images are left out, with the reason in quarantine.parquet.
     """
-    chosen: list[str] | None = [] if no_labels else (label_column or None)
     if no_labels and label_column:
         raise typer.BadParameter("--no-labels and --label-column exclude each other")
-    with _progress("images") as on_progress:
-        summary = prepare(
-            source,
-            out,
-            labels=labels,
-            label_columns=chosen,
-            patient_pattern=patient_pattern,
-            split=None if split is None else parse_split(split),
-            seed=seed,
-            resize=resize,
-            trust_images=trust_images,
-            shard_size=shard_size,
-            workers=workers,
-            overwrite=overwrite,
-            on_progress=on_progress,
-        )
-    _report(summary)
+    chosen: list[str] | None = [] if no_labels else (label_column or None)
+    kind = Images(source, labels, chosen, patient_pattern, resize, trust_images, key_file)
+    options = Options(parse_split(split), seed, shard_size, duplicates, drop_duplicates)
+    how = {"workers": workers, "cluster": cluster, "private": private, "overwrite": overwrite, "append": append}
+    _prepare(kind, out, options, part, **how)
 
 
 def _report(summary: Summary) -> None:
     info = summary.info
     for warning in summary.warnings:
         typer.echo(f"warning: {warning}", err=True)
-    rate = (info.samples + info.quarantined) / max(summary.seconds, 1e-9)
+    rate = info.sources / max(summary.seconds, 1e-9)
     splits = ", ".join(f"{name} {count}" for name, count in info.splits.items())
     typer.echo(
         f"{summary.out}: {info.samples} images ({splits}) in {len(info.shards)} shards, "
-        f"{info.quarantined} quarantined, {rate:.0f} images/s"
+        f"{info.quarantined} quarantined, {rate:.0f} sources/s"
     )
-    for reason, count in sorted(summary.rejected.items()):
+    for reason, count in info.reasons.items():
         typer.echo(f"  quarantined: {reason} {count}")
     for name in sorted(set(info.labels) - set(VOCABULARIES)):
         vocabulary = info.labels[name]
@@ -135,13 +153,19 @@ def _report(summary: Summary) -> None:
     typer.echo(f"  private: {summary.private} links samples to files and patients; keep it where it is")
 
 
+@app.command("key")
+def key_command(path: Annotated[Path, typer.Argument(help="The file to write.", show_default=False)]) -> None:
+    """Make a key for pseudonyms: keep it secret and safe; with another key the same patients get other names."""
+    write_key(path)
+    typer.echo(f"{path}: a new key, readable by you alone")
+
+
 @app.command("verify")
 def verify_command(
     path: Annotated[Path, typer.Argument(help="The dataset.", show_default=False)],
 ) -> None:
     """Read every byte of a dataset and find what was changed, cut, lost, swapped or added. Exit code 1 if anything."""
-    with _progress("shards") as on_progress:
-        problems = verify(path, on_progress)
+    problems = verify(path)
     for problem in problems:
         typer.echo(str(problem))
     if problems:

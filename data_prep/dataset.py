@@ -15,26 +15,23 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import json
 import mmap
 import os
 import resource
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, ValidationError
 
+from data_prep.dataset_info import FORMAT, TOOL, DatasetInfo, Vocabulary, canonical, checksum, parse_info
 from data_prep.errors import UserError, nearest
-from data_prep.labels import LabelColumn
 
-FORMAT = 1
 INFO, INDEX, QUARANTINE, SHARDS = "dataset.json", "index.parquet", "quarantine.parquet", "shards"
-TOOL = "medpretrain"
 LABEL_PREFIX = "label."
 
 _WORD = pa.dictionary(pa.int32(), pa.string())
@@ -48,83 +45,29 @@ _INDEX_FIELDS = [
     pa.field("height", pa.int32(), nullable=False),
     pa.field("bit_depth", pa.int8(), nullable=False),
     pa.field("channels", pa.int8(), nullable=False),
-    pa.field("patient", pa.string()),
+    pa.field("patient", _WORD),
     pa.field("split", _WORD, nullable=False),
+    # DICOM's own order above the image, as pseudonyms
+    pa.field("study", _WORD),
+    pa.field("series", _WORD),
+    pa.field("instance", pa.string()),
+    pa.field("frame", pa.int32()),
+    # What finds the same image twice: see fingerprint.py
+    pa.field("digest", pa.binary(16), nullable=False),
+    pa.field("phash", pa.uint64()),
 ]
+# What training and evaluation read; the rest is for verify and for people.
+_READ = [field.name for field in _INDEX_FIELDS[:11]]
 QUARANTINE_SCHEMA = pa.schema(
     [
         pa.field("number", pa.int64(), nullable=False),
         pa.field("reason", pa.string(), nullable=False),
         pa.field("message", pa.string(), nullable=False),
+        pa.field("patient", pa.string()),
+        pa.field("instance", pa.string()),
     ]
 )
-
-
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Vocabulary(_Model):
-    """What the ids of a label column mean, and where the labels came from."""
-
-    version: int
-    names: list[str]
-    source: str
-
-
-class ShardInfo(_Model):
-    name: str
-    samples: int
-    bytes: int
-    sha256: str
-    idx_sha256: str
-
-
-class PatientInfo(_Model):
-    """Number of patients, of images whose patient is unknown, and of images of the patient who has most."""
-
-    known: int
-    images_without: int
-    most_images: int
-
-
-class Statistics(_Model):
-    """Mean and standard deviation per channel of the train images, in 0..1; `how` says over which pixels."""
-
-    mean: list[float]
-    std: list[float]
-    images: int
-    how: str
-
-
-class DatasetInfo(_Model):
-    """The content of dataset.json."""
-
-    format: Literal[1]
-    created_by: str
-    options: dict[str, Any]
-    samples: int
-    quarantined: int
-    splits: dict[str, int]
-    patients: PatientInfo
-    labels: dict[str, Vocabulary]
-    bit_depth: int
-    channels: int
-    statistics: Statistics | None
-    shards: list[ShardInfo]
-    index_sha256: str
-    quarantine_sha256: str
-    checksum: str
-
-
-def canonical(info: Mapping[str, Any]) -> bytes:
-    """The one way dataset.json is written, so that any changed byte shows."""
-    return (json.dumps(info, sort_keys=True, indent=1) + "\n").encode()
-
-
-def checksum(info: Mapping[str, Any]) -> str:
-    """SHA-256 over all of dataset.json but the checksum itself."""
-    return hashlib.sha256(canonical({key: value for key, value in info.items() if key != "checksum"})).hexdigest()
+ROW_GROUP = 1 << 17
 
 
 def file_sha256(path: Path) -> str:
@@ -139,89 +82,93 @@ def index_schema(labels: Sequence[str]) -> pa.Schema:
     return pa.schema([*_INDEX_FIELDS, *fields])
 
 
+class IndexWriter:
+    """Writes index.parquet from the tables of one shard after another, and counts what dataset.json says of them."""
+
+    def __init__(self, path: Path, labels: Sequence[str]) -> None:
+        self.schema = index_schema(labels)
+        self._path = path
+        self._file = pq.ParquetWriter(path, self.schema, compression="zstd")
+        self._waiting: list[pa.Table] = []
+        self.samples = 0
+        self.splits: Counter[str] = Counter()
+        self.patients: Counter[str | None] = Counter()
+        self.bit_depths: Counter[int] = Counter()
+        self.channels = 1
+
+    def add(self, table: pa.Table) -> None:
+        """Append the rows of a shard, with `index_schema`, in the order of their offsets."""
+        assert table.schema.remove_metadata() == self.schema, table.schema
+        self._waiting.append(table)
+        self.samples += len(table)
+        for counter, column in ((self.splits, "split"), (self.patients, "patient"), (self.bit_depths, "bit_depth")):
+            for row in table.column(column).value_counts().to_pylist():
+                counter[row["values"]] += row["counts"]
+        self.channels = max(self.channels, pc.max(table.column("channels")).as_py())
+        if sum(map(len, self._waiting)) >= ROW_GROUP:
+            self._flush()
+
+    def close(self) -> str:
+        """End the file, flush it to disk and return its SHA-256."""
+        self._flush()
+        self._file.close()
+        return to_disk(self._path)
+
+    def _flush(self) -> None:
+        if self._waiting:
+            self._file.write_table(pa.concat_tables(self._waiting).unify_dictionaries(), row_group_size=1 << 30)
+            self._waiting = []
+
+
 def write_dataset(
     folder: Path,
-    index: pa.Table,
+    index: IndexWriter,
     quarantine: pa.Table,
-    shards: Sequence[ShardInfo],
-    labels: Mapping[str, LabelColumn],
-    options: Mapping[str, Any],
-    statistics: Statistics | None,
+    content: Mapping[str, Any],
 ) -> DatasetInfo:
-    """Write everything beside the shards, which lie in `folder`/shards already; dataset.json comes last.
+    """Write everything beside the shards, which are in their place already; dataset.json comes last.
 
     Args:
-        folder: the dataset, not yet visible to others.
-        index: a row a sample, with `index_schema`, in the order of `shards` and of offsets.
+        folder: the dataset, not yet visible to others; holds index.parquet.
+        index: with every row added.
         quarantine: with QUARANTINE_SCHEMA.
-        shards: sorted by name.
-        labels: the vocabularies; their ids are in `index`.
-        options: how it was made; nothing with a path or a time.
-        statistics: of the train images, None where there are none.
+        content: all else that `DatasetInfo` has: nothing in it may tell a path or a time.
     """
-    assert index.schema == index_schema(list(labels)), index.schema
-    hashes = {}
-    for name, table in ((INDEX, index), (QUARANTINE, quarantine)):
-        pq.write_table(table, folder / name, compression="zstd", row_group_size=1 << 17)
-        _to_disk(folder / name)
-        hashes[name] = file_sha256(folder / name)
-    splits = index.column("split").value_counts().to_pylist()
-    patients = [row["counts"] for row in index.column("patient").drop_null().value_counts().to_pylist()]
-    content: dict[str, Any] = {
+    index_sha256 = index.close()
+    pq.write_table(quarantine, folder / QUARANTINE, compression="zstd", row_group_size=ROW_GROUP)
+    known = {patient: count for patient, count in index.patients.items() if patient is not None}
+    full: dict[str, Any] = {
+        **content,
         "format": FORMAT,
-        "created_by": f"{TOOL} {importlib.metadata.version(TOOL)}",
-        "options": dict(options),
-        "samples": index.num_rows,
+        "created_by": created_by(),
+        "samples": index.samples,
         "quarantined": quarantine.num_rows,
-        "splits": {row["values"]: row["counts"] for row in splits},
+        "splits": dict(index.splits),
         "patients": {
-            "known": len(patients),
-            "images_without": index.column("patient").null_count,
-            "most_images": max(patients, default=0),
+            "known": len(known),
+            "images_without": index.patients[None],
+            "most_images": max(known.values(), default=0),
         },
-        "labels": {
-            name: {"version": column.version, "names": column.names, "source": column.source}
-            for name, column in labels.items()
-        },
-        "bit_depth": int(index.column("bit_depth").to_numpy().max()),
-        "channels": int(index.column("channels").to_numpy().max()),
-        "statistics": None if statistics is None else statistics.model_dump(),
-        "shards": [shard.model_dump() for shard in shards],
-        "index_sha256": hashes[INDEX],
-        "quarantine_sha256": hashes[QUARANTINE],
+        "bit_depth": max(index.bit_depths),
+        "channels": index.channels,
+        "index_sha256": index_sha256,
+        "quarantine_sha256": to_disk(folder / QUARANTINE),
     }
-    content["checksum"] = checksum(content)
-    (folder / INFO).write_bytes(canonical(content))
-    _to_disk(folder / INFO)
-    return DatasetInfo.model_validate(content)
+    full["checksum"] = checksum(full)
+    (folder / INFO).write_bytes(canonical(full))
+    to_disk(folder / INFO)
+    return DatasetInfo.model_validate(full)
 
 
-def _to_disk(path: Path) -> None:
+def created_by() -> str:
+    return f"{TOOL} {importlib.metadata.version(TOOL)}"
+
+
+def to_disk(path: Path) -> str:
+    """Flush a file to disk; returns its SHA-256."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
-
-
-def parse_info(raw: bytes, place: str) -> DatasetInfo:
-    """Check and read the bytes of a dataset.json.
-
-    Raises:
-        UserError: no JSON, not ours, of another format number, or changed since it was written.
-    """
-    try:
-        content = json.loads(raw)
-    except ValueError:
-        raise UserError(f"{place} is damaged: no valid JSON") from None
-    if not isinstance(content, dict) or not str(content.get("created_by", "")).startswith(TOOL + " "):
-        raise UserError(f"{place} was not written by {TOOL}")
-    if content.get("format") != FORMAT:
-        raise UserError(f"{place}: format {content.get('format')!r}; this version reads format {FORMAT}")
-    if content.get("checksum") != checksum(content) or raw != canonical(content):
-        raise UserError(f"{place} was changed since it was written: its checksum does not match")
-    try:
-        return DatasetInfo.model_validate(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"{place}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    return file_sha256(path)
 
 
 def read_info(path: Path) -> tuple[DatasetInfo, str]:
@@ -239,8 +186,6 @@ def read_info(path: Path) -> tuple[DatasetInfo, str]:
 
 def index_problem(index: pa.Table, info: DatasetInfo) -> str | None:
     """Where the index and the list of shards disagree, naming the shard; None where they agree."""
-    if index.schema.remove_metadata() != index_schema(list(info.labels)):
-        return f"{INDEX} does not have the columns that {INFO} announces"
     shards = _codes(index, "shard", [shard.name for shard in info.shards])
     counts = np.bincount(shards[shards >= 0], minlength=len(info.shards))
     offset, length = index.column("offset").to_numpy(), index.column("length").to_numpy()
@@ -278,7 +223,7 @@ class Dataset:
         path: the folder.
         info: the content of dataset.json.
         sha256: identity of the data: the hash of dataset.json, which holds the hashes of all else.
-        index: index.parquet.
+        index: index.parquet, but for what training does not need (study, series, instance, fingerprints).
         sizes: (N, 2) int32, height and width.
         shard_ids: (N,) int64, the place of each sample's shard in `info.shards`.
         bit_depth: 8 or 16.
@@ -321,7 +266,10 @@ class Dataset:
             raise UserError(f"{folder}: {INDEX} is missing")
         if file_sha256(folder / INDEX) != info.index_sha256:
             raise UserError(f"{folder}: {INDEX} was changed since it was written (see 'medpretrain prep verify')")
-        index = pq.read_table(folder / INDEX)
+        if pq.read_schema(folder / INDEX).remove_metadata() != index_schema(list(info.labels)):
+            raise UserError(f"{folder}: {INDEX} does not have the columns that {INFO} announces")
+        columns = [*_READ, *(LABEL_PREFIX + name for name in info.labels)]
+        index = pq.read_table(folder / INDEX, columns=columns)
         problem = index_problem(index, info)
         if problem is not None:
             raise UserError(f"{folder}: the index does not match its shards: {problem}")

@@ -6,6 +6,8 @@ REASONS: dict[str, str] = {
     "animated": "the file holds more than one frame or page",
     "corrupt": "the file is damaged",
     "dicom": "the file is DICOM: use 'medpretrain prep dicom'",
+    "duplicate": "the same image is in the dataset already",
+    "duplicate_instance": "the same DICOM instance is in the dataset already",
     "empty": "the file has no bytes",
     "not_an_image": "the file is no image of a known format",
     "too_large": "the image has more pixels than the decoder's limit",
@@ -18,8 +20,11 @@ REASONS: dict[str, str] = {
 class Rejected(Exception):
     """One image cannot go into the dataset, for the reason `code`; the rest goes on.
 
-    `detail` is one of our own constant phrases, never text from the file or from a library.
+    `detail` is one of our own constant phrases, never text from the file or from a library. Whoever knows the image's
+    pseudonym may set `instance`, so that the quarantine can name it.
     """
+
+    instance: str | None = None
 
     def __init__(self, code: str, detail: str = "") -> None:
         assert code in REASONS, code

@@ -62,6 +62,7 @@ class Sample(NamedTuple):
     bit_depth: int
     channels: int
     values: np.ndarray | None
+    fingerprint: tuple[bytes, int] = (bytes(16), 0)
 
 
 def from_bytes(data: bytes, resize: int | None = None, decode: bool = True, measure: bool = False) -> Sample:

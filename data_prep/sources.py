@@ -1,79 +1,102 @@
 """Where images come from: a folder tree, a CSV or Parquet manifest, or a MedMNIST-style .npz, all read into one shape.
 
-Only names and labels are read here, no pixels.
+Only names and labels are read here, no pixels. Columns are Arrow or numpy arrays: a million images are some 100 MB.
 """
 
 from __future__ import annotations
 
-import csv
 import os
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 
+from data_prep.columns import Words, names_column, values
+from data_prep.dataset import QUARANTINE_SCHEMA
 from data_prep.errors import UserError, nearest
-from data_prep.labels import UNKNOWN, VOCABULARIES, LabelColumn, vocabulary_id
+from data_prep.labels import UNKNOWN, LabelColumn
 
 SPLITS = ("train", "val", "test")
-SPLIT_NAME = re.compile(r"[a-z0-9_]{1,32}")
-LABEL_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 @dataclass(frozen=True)
 class Source:
-    """N images by name, with what is known of them.
+    """N images (or files of several frames) by name, with what is known of them.
 
     Attributes:
-        kind: how the pixels are read: `files` under `root`, or arrays of the .npz file `root`.
-        root: the folder that `names` are relative to, or the .npz file.
-        names: the path of each image, or `SPLIT/NUMBER` in an .npz file; each once.
-        patients: the patient's id as the source says it, None where unknown.
-        splits: the split the source brings, or None where it brings none.
+        kind: what dataset.json calls it.
+        root: the folder that `names` are relative to, or the file they are in.
+        names: (N,) large_binary: what the reader takes; each once.
+        patients: (N,) dictionary of text, the patient's id as the source says it or a pseudonym, null where unknown.
+        keyed: `patients` are pseudonyms made with a key.
+        splits: (N,) dictionary of text, or None where the source brings no split.
         labels: label columns by name.
         place: says where image i stands, for an error message.
+        groups: (N,) dictionary: what stays in one split where the patient is unknown, such as a study.
+        frames: (N,) int32 images in each file, None for one.
+        instances: (N,) text: DICOM's instance as a pseudonym, or None.
+        numbers: (N,) int64: each image's number among all that were found, None where none was set aside.
+        rejected: what was set aside before the plan, with QUARANTINE_SCHEMA.
+        notes: warnings for the user.
     """
 
-    kind: Literal["files", "npz"]
+    kind: str
     root: Path
-    names: list[str]
-    patients: Sequence[str | None]
-    splits: list[str] | None
+    names: pa.Array
+    patients: pa.DictionaryArray
+    splits: pa.DictionaryArray | None
     labels: dict[str, LabelColumn]
     place: Callable[[int], str]
+    keyed: bool = False
+    groups: pa.DictionaryArray | None = None
+    frames: np.ndarray | None = None
+    instances: pa.Array | None = None
+    numbers: np.ndarray | None = None
+    rejected: pa.Table = field(default_factory=QUARANTINE_SCHEMA.empty_table)
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.names)
 
+    @property
+    def found(self) -> int:
+        """How many sources there were, those set aside included."""
+        return len(self.names) + len(self.rejected)
 
-def open_source(path: Path, label_columns: Sequence[str] | None = None) -> Source:
-    """Read names, labels, patients and splits of a folder, a manifest or an .npz file.
+    def taken(self, rows: np.ndarray) -> Source:
+        """Some of the sources, in that order."""
+        place, numbers = self.place, np.arange(len(self)) if self.numbers is None else self.numbers
+        return replace(
+            self,
+            names=self.names.take(rows),
+            patients=self.patients.take(rows),
+            splits=None if self.splits is None else self.splits.take(rows),
+            labels={name: replace(column, ids=column.ids[rows]) for name, column in self.labels.items()},
+            place=lambda i: place(int(rows[i])),
+            groups=None if self.groups is None else self.groups.take(rows),
+            frames=None if self.frames is None else self.frames[rows],
+            instances=None if self.instances is None else self.instances.take(rows),
+            numbers=numbers[rows],
+        )
 
-    Args:
-        path: the folder or file.
-        label_columns: the label columns to keep; None keeps all, an empty list none.
+
+def no_patients(count: int) -> pa.DictionaryArray:
+    """The column of patients of a source that knows none."""
+    return pa.DictionaryArray.from_arrays(pa.nulls(count, pa.int32()), pa.array([], pa.string()))
+
+
+def keep_labels(source: Source, label_columns: Sequence[str] | None, path: Path) -> Source:
+    """Keep some label columns (None: all), and refuse those that would show an identifier.
 
     Raises:
-        UserError: nothing there, no images, or something in it that cannot be used, with file and line.
+        UserError: no such column, a value that cannot be printed, or a label that looks like an identifier.
     """
-    if path.is_dir():
-        source = _from_folder(path)
-    elif not path.exists():
-        raise UserError(f"{path} does not exist")
-    elif path.suffix == ".npz":
-        source = _from_npz(path)
-    elif path.suffix in (".csv", ".parquet"):
-        source = _from_manifest(path, label_columns)
-    else:
-        raise UserError(f"{path}: a source is a folder, a .csv or .parquet manifest, or an .npz file")
-    if not source.names:
-        raise UserError(f"{path}: there are no images in it")
     if label_columns is not None:
         for name in label_columns:
             if name not in source.labels:
@@ -99,26 +122,32 @@ def with_patient_pattern(source: Source, pattern: str) -> Source:
         raise UserError(f"--patient-pattern {pattern!r}: {error}") from None
     if expression.groups < 1:
         raise UserError(f"--patient-pattern {pattern!r}: needs a group, as in '(\\d+)_(?:left|right)'")
-    if any(patient is not None for patient in source.patients):
+    if source.patients.null_count < len(source):
         raise UserError("--patient-pattern: the source has a column 'patient' already; give one or the other")
-    patients: list[str | None] = []
-    for name in source.names:
+    patients = Words()
+    for raw in values(source.names):
+        name = os.fsdecode(raw)
         match = expression.search(name)
         if match is None or not match[1]:
             raise UserError(f"--patient-pattern {pattern!r} finds no patient in {name!r}")
-        patients.append(match[1])
-    return _refuse_patient_labels(replace(source, patients=patients))
+        patients.add(match[1])
+    return _refuse_patient_labels(replace(source, patients=patients.column()))
+
+
+def with_pseudonyms(source: Source, pseudonym: Callable[[str], str | None]) -> Source:
+    """Replace the patients' ids by pseudonyms."""
+    words = pa.array([pseudonym(word) for word in source.patients.dictionary.to_pylist()], pa.string())
+    return replace(source, patients=pa.DictionaryArray.from_arrays(source.patients.indices, words), keyed=True)
 
 
 def _refuse_patient_labels(source: Source) -> Source:
     """Label values stand readable in the dataset, so none may be its patient's id."""
-    known = set(source.patients)
+    place = {patient: number for number, patient in enumerate(source.patients.dictionary.to_pylist())}
+    patients = source.patients.indices.fill_null(-1).to_numpy()
     for label, column in source.labels.items():
-        if known.isdisjoint(column.names):
-            continue
+        same = np.array([place.get(name, -2) for name in column.names] + [-2], np.int64)
         # Grade 2 and patient 2 may both exist; a label that mostly says the image's own patient is an id.
-        named = [(column.names[place], i) for i, place in enumerate(column.ids.tolist()) if place != UNKNOWN]
-        if 2 * sum(value == source.patients[i] for value, i in named) > len(named):
+        if 2 * int((same[column.ids] == patients).sum()) > int((column.ids != UNKNOWN).sum()):
             raise UserError(
                 f"the label {label!r}, which the dataset would show, says the patient's id; "
                 "leave it out (--no-labels, or --label-column for the others)"
@@ -135,163 +164,85 @@ def _refuse_identifiers(name: str, column: LabelColumn, path: Path) -> None:
         )
 
 
-def vocabulary_order(values: set[str]) -> list[str]:
-    """Class names in order: as numbers where all are whole numbers, else as text."""
-    if all(re.fullmatch(r"-?[0-9]{1,18}", value) for value in values):
-        return sorted(values, key=lambda value: (int(value), value))
-    return sorted(values)
-
-
-def label_column(values: Sequence[str | None], source: str) -> LabelColumn:
-    """A label column with its own vocabulary; None is unknown."""
-    names = vocabulary_order({value for value in values if value is not None})
-    number = {name: place for place, name in enumerate(names)}
-    ids = np.fromiter((UNKNOWN if value is None else number[value] for value in values), np.int32, len(values))
-    return LabelColumn(names, ids, source)
-
-
 # Folder tree
 
 
-def _from_folder(root: Path) -> Source:
-    names = sorted(_walk(root, "", ()))
-    top = {name.split("/", 1)[0] for name in names if "/" in name}
-    splits: list[str] | None = None
+def from_folder(root: Path) -> Source:
+    """A folder: its sub-folders are the classes, below train/, val/ and test/ where there is a train/.
+
+    Raises:
+        UserError: a folder that cannot be read, one that leads back to itself, or a stranger beside the splits.
+    """
+    names = names_column(walk(root))
+    names = names.take(pc.array_sort_indices(names))
+    top: dict[str, None] = {}
+    loose = None
+    for raw in values(names):
+        first, slash, _ = raw.partition(b"/")
+        if slash:
+            top[os.fsdecode(first)] = None
+        elif loose is None:
+            loose = os.fsdecode(raw)
+    splits: pa.DictionaryArray | None = None
     depth = 0
     if "train" in top:
-        odd = sorted(top - set(SPLITS))
-        loose = next((name for name in names if "/" not in name), None)
+        odd = sorted(set(top) - set(SPLITS))
         if odd or loose:
             what = f"folder {odd[0]!r}{nearest(odd[0], SPLITS)}" if odd else f"file {loose!r}"
             raise UserError(f"{root}: beside the split folder 'train' stands the {what}")
-        splits = [name.split("/", 1)[0] for name in names]
+        splits = Words().extend(raw.partition(b"/")[0].decode() for raw in values(names)).column()
         depth = 1
-    classes = [parts[depth] if len(parts := name.split("/")) > depth + 1 else None for name in names]
-    labels = {"class": label_column(classes, "folder")} if any(value is not None for value in classes) else {}
-    return Source("files", root, names, [None] * len(names), splits, labels, lambda i: f"{root / names[i]}")
+    classes = Words()
+    for raw in values(names):
+        parts = raw.split(b"/", depth + 1)
+        classes.add(os.fsdecode(parts[depth]) if len(parts) > depth + 1 else None)
+    labels = {"class": classes.labels("folder")} if classes.any else {}
+    return Source(
+        "files", root, names, no_patients(len(names)), splits, labels, lambda i: f"{root}/{shown(names[i].as_py())}"
+    )
 
 
-def _walk(folder: Path, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
-    """Relative paths of all files but hidden ones; links to folders are followed, but not in circles."""
-    status = folder.stat()
-    here = (status.st_dev, status.st_ino)
-    if here in above:
-        raise UserError(f"{folder}: a link leads back to a folder above it")
+def shown(name: bytes) -> str:
+    """A file name as text that can be printed and stored."""
+    return name.decode("utf-8", "backslashreplace")
+
+
+def walk(folder: Path, prefix: str = "", above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
+    """Relative paths of all files but hidden ones; links to folders are followed, but not in circles.
+
+    Raises:
+        UserError: a folder that cannot be read, a circle of links, or something that is neither file nor folder.
+    """
     try:
+        status = folder.stat()
         scan = os.scandir(folder)
     except OSError as error:
         raise UserError(f"{folder}: {error.strerror}") from None
+    here = (status.st_dev, status.st_ino)
+    if here in above:
+        raise UserError(f"{folder}: a link leads back to a folder above it")
     with scan as entries:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
             if entry.is_dir():
-                yield from _walk(folder / entry.name, f"{prefix}{entry.name}/", (*above, here))
+                yield from walk(folder / entry.name, f"{prefix}{entry.name}/", (*above, here))
             elif entry.is_file() or entry.is_symlink():  # a link to nowhere is quarantined as unreadable
                 yield prefix + entry.name
             else:
                 raise UserError(f"{folder / entry.name} is neither a file nor a folder")
 
 
-# Manifest
-
-
-def _from_manifest(path: Path, label_columns: Sequence[str] | None) -> Source:
-    columns, place = _read_csv(path) if path.suffix == ".csv" else _read_parquet(path)
-    if "path" not in columns:
-        raise UserError(f"{path}: has no column 'path'{nearest('path', columns)}")
-    names = _checked_paths(columns.pop("path"), path.parent, place)
-    patients = columns.pop("patient", [None] * len(names))
-    splits = columns.pop("split", None)
-    if splits is not None:
-        for i, split in enumerate(splits):
-            if split is None or not SPLIT_NAME.fullmatch(split):
-                raise UserError(f"{place(i)}: the split must be lower-case letters, digits or _, not {split or ''!r}")
-    labels: dict[str, LabelColumn] = {}
-    for name, values in columns.items():
-        if label_columns is not None and name not in label_columns:
-            continue
-        if not LABEL_NAME.fullmatch(name):
-            raise UserError(f"{path}: column {name!r}: a label's name may have letters, digits, _ and -")
-        column = label_column(values, "manifest")
-        if name in VOCABULARIES:
-            for value in column.names:
-                if value not in VOCABULARIES[name]:
-                    vocabulary_id(name, value, place(values.index(value)))
-            table = np.array([VOCABULARIES[name].index(value) for value in column.names] + [UNKNOWN], np.int32)
-            column = LabelColumn(list(VOCABULARIES[name]), table[column.ids], "manifest")
-        labels[name] = column
-    return Source(
-        "files", path.parent, names, patients, [str(split) for split in splits] if splits else None, labels, place
-    )
-
-
-Columns = dict[str, list[str | None]]
-
-
-def _read_csv(path: Path) -> tuple[Columns, Callable[[int], str]]:
-    lines: list[int] = []
-    rows: list[list[str]] = []
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, strict=True)
-            head = next(reader, [])
-            for row in reader:
-                if not row:
-                    continue
-                if len(row) != len(head):
-                    raise UserError(f"{path}, line {reader.line_num}: has {len(row)} fields, the header {len(head)}")
-                rows.append(row)
-                lines.append(reader.line_num)
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text") from None
-    except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: {error}") from None
-    head = [name.strip() for name in head]
-    if len(set(head)) != len(head):
-        twice = next(name for name in head if head.count(name) > 1)
-        raise UserError(f"{path}, line 1: column {twice!r} stands there twice")
-    columns: Columns = {name: [row[i].strip() or None for row in rows] for i, name in enumerate(head)}
-    return columns, lambda i: f"{path}, line {lines[i]}"
-
-
-def _read_parquet(path: Path) -> tuple[Columns, Callable[[int], str]]:
-    try:
-        table = pq.read_table(path)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} is no readable Parquet file: {error}") from None
-    columns: Columns = {}
-    for field in table.schema:
-        kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
-        simple = pa.types.is_integer(kind) or pa.types.is_boolean(kind)
-        if not (simple or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-            raise UserError(f"{path}: column {field.name!r} is {field.type}; it must be text, whole numbers or boolean")
-        values = table.column(field.name).to_pylist()
-        columns[field.name] = [None if value is None else str(value).strip() or None for value in values]
-    return columns, lambda i: f"{path}, row {i + 1}"
-
-
-def _checked_paths(paths: list[str | None], root: Path, place: Callable[[int], str]) -> list[str]:
-    """The paths, each given, relative, there, and there once."""
-    first: dict[str, int] = {}
-    for i, name in enumerate(paths):
-        if not name:
-            raise UserError(f"{place(i)}: the path is empty")
-        if name.startswith("/"):
-            raise UserError(f"{place(i)}: the path {name!r} must be relative to the manifest's folder")
-        if first.setdefault(os.path.normpath(name), i) != i:
-            raise UserError(f"{place(i)}: {name!r} stands there already ({place(first[os.path.normpath(name)])})")
-        if not (root / name).is_file():
-            raise UserError(f"{place(i)}: there is no file {name!r} (paths are relative to {root})")
-    return [str(name) for name in paths]
-
-
 # MedMNIST
 
 
-def _from_npz(path: Path) -> Source:
-    names: list[str] = []
-    splits: list[str] = []
+def from_npz(path: Path) -> Source:
+    """Arrays `{train,val,test}_{images,labels}` of an .npz file.
+
+    Raises:
+        UserError: no such file, or arrays that are not images or labels.
+    """
+    counts: dict[str, int] = {}
     labels: list[np.ndarray] = []
     try:
         with zipfile.ZipFile(path) as archive:
@@ -299,29 +250,36 @@ def _from_npz(path: Path) -> Source:
             for split in SPLITS:
                 if f"{split}_images" not in found:
                     continue
-                shape = npz_shape(archive, split, path)
-                names += [f"{split}/{number:09d}" for number in range(shape[0])]
-                splits += [split] * shape[0]
+                counts[split] = npz_shape(archive, split, path)[0]
                 if f"{split}_labels" in found:
-                    labels.append(_npz_labels(path, split, shape[0]))
-            if not names:
+                    labels.append(_npz_labels(path, split, counts[split]))
+            if not counts:
                 raise UserError(f"{path}: has no array 'train_images'{nearest('train_images', found)}")
     except (zipfile.BadZipFile, OSError) as error:
         raise UserError(f"{path} is no readable .npz file: {error}") from None
+    names = names_column(f"{split}/{number:09d}" for split, count in counts.items() for number in range(count))
     columns: dict[str, LabelColumn] = {}
     if labels:
         if len({array.shape[1] for array in labels}) > 1 or sum(map(len, labels)) != len(names):
             raise UserError(f"{path}: the splits do not have the same labels")
-        values = np.concatenate(labels)
-        if values.shape[1] == 1:
-            columns["class"] = label_column([str(value) for value in values[:, 0].tolist()], "npz")
+        every = np.concatenate(labels)
+        if every.shape[1] == 1:
+            columns["class"] = Words().extend(str(value) for value in every[:, 0].tolist()).labels("npz")
         else:
-            if not np.isin(values, (0, 1)).all():
-                raise UserError(f"{path}: labels in {values.shape[1]} columns must be 0 or 1")
-            for place in range(values.shape[1]):
-                ids = values[:, place].astype(np.int32)
-                columns[f"class_{place:02d}"] = LabelColumn(["0", "1"], ids, "npz")
-    return Source("npz", path, names, [None] * len(names), splits, columns, lambda i: f"{path}, {names[i]}")
+            if not np.isin(every, (0, 1)).all():
+                raise UserError(f"{path}: labels in {every.shape[1]} columns must be 0 or 1")
+            for place in range(every.shape[1]):
+                columns[f"class_{place:02d}"] = LabelColumn(["0", "1"], every[:, place].astype(np.int32), "npz")
+    splits = Words().extend(_repeated(counts)).column()
+    return Source(
+        "npz", path, names, no_patients(len(names)), splits, columns, lambda i: f"{path}, {names[i].as_py().decode()}"
+    )
+
+
+def _repeated(counts: Mapping[str, int]) -> Iterable[str]:
+    for word, count in counts.items():
+        for _ in range(count):
+            yield word
 
 
 def npz_shape(archive: zipfile.ZipFile, split: str, path: Path) -> tuple[int, ...]:

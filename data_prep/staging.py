@@ -1,7 +1,8 @@
-"""A folder that appears whole or not at all, with its private companion beside it.
+"""A dataset that appears whole or not at all, and a run that goes on where it was killed.
 
-Everything is written into the hidden sibling `.OUT.partial` and renamed at the end. A run that was killed leaves that
-folder behind, unlocked; the next run with the same OUT removes it, or finishes what a kill between two renames left.
+Until the end everything lies in a hidden folder beside the result: the plan, a record a finished shard, and (for a
+local OUT) the shards themselves. It stays after a kill, a full disk or Ctrl-C, and the same command goes on there. What
+must not leave with the dataset (which file became which sample) becomes a folder of its own, OUT.private.
 """
 
 from __future__ import annotations
@@ -10,158 +11,266 @@ import contextlib
 import fcntl
 import hashlib
 import os
-import secrets
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 
-from data_prep.dataset import INDEX, INFO, QUARANTINE, SHARDS, read_info
+from data_prep.dataset import INDEX, INFO, QUARANTINE, SHARDS
+from data_prep.dataset_info import DatasetInfo, parse_info
 from data_prep.errors import UserError
+from data_prep.store import FolderStore, Store, UrlStore, folder_to_disk, is_url, open_store
 
 LOCK = "lock"
+LANDED = "landed"  # in the hidden folder once the commit is done
 PENDING = "pending"  # in OUT.private until OUT is there: the SHA-256 of the dataset.json it belongs to
-LINKS = "sources.parquet"
+PLAN, RECORDS = "plan.json", "records"
+LINKS, AUDIT, REVIEW = "sources.parquet", "audit.jsonl", "review.html"
 
 
 class Staging:
-    """A context that owns `.OUT.partial`; leaving it without `commit` removes all that was written.
+    """The hidden folder of a run, its lock, and the commit.
 
     Attributes:
-        out: the folder to appear.
-        folder: where to write the dataset.
-        private: where to write what must not go with it; becomes `OUT.private`, readable by the owner alone.
+        out: where the dataset will be, a folder or a URL.
+        state: plan and records; on the machine, or on a file system that all parts of the run share.
+        dataset: a folder for the dataset's files but, with a URL, its shards.
+        private: a folder for what becomes OUT.private.
+        final_private: OUT.private.
+        store: where shards go.
     """
 
-    def __init__(self, out: Path, overwrite: bool) -> None:
-        """Check that OUT may be written.
+    def __init__(self, out: str | Path, private: Path | None, overwrite: bool, append: bool) -> None:
+        """Nothing is touched yet.
 
         Raises:
-            UserError: OUT or OUT.private exists and is not ours, or `overwrite` is not given, or another run is at it.
+            UserError: a URL without a private folder, or options that exclude each other.
         """
-        self.out = Path(os.path.abspath(out))
-        self._hidden = self._sibling(".partial")
-        self._old = self._sibling(".old")
-        self._old_private = self._sibling(".private.old")
-        self.final_private = self.out.with_name(self.out.name + ".private")
-        # A name of its own, so that a worker that outlives its killed parent cannot write into the next run.
-        run = secrets.token_hex(4)
-        self.folder = self._hidden / f"dataset-{run}"
-        self.private = self._hidden / f"private-{run}"
+        if overwrite and append:
+            raise UserError("--overwrite and --append exclude each other")
+        self.remote = is_url(out)
+        if self.remote:
+            if private is None:
+                raise UserError(
+                    f"{out}: with an OUT that is no local folder give --private DIR: the plan and the table "
+                    "that links samples to files go there"
+                )
+            self.out = str(out).rstrip("/")
+            self.final_private = Path(os.path.abspath(private))
+        else:
+            folder = Path(os.path.abspath(out))
+            self.out = str(folder)
+            if private is not None:
+                raise UserError("--private is for an OUT that is a URL; beside a folder it is OUT.private")
+            self.final_private = folder.with_name(folder.name + ".private")
+        beside = self.final_private if self.remote else Path(self.out)
+        self._old = beside.with_name(f".{beside.name}.old")  # of OUT; never there with a URL
+        self.state = beside.with_name(f".{beside.name}.partial")
+        self._old_private = self.final_private.with_name(f".{self.final_private.name}.private.old")
+        self.dataset = self.state / "dataset"
+        self.private = self.state / "private"
+        spare = self.state / "scratch"
+        self.store: Store = UrlStore(self.out) if self.remote else FolderStore(self.dataset, spare)
         self._overwrite = overwrite
-        self._lock = -1
+        self._append = append
+        self._locks: list[int] = []
 
-    def _sibling(self, ending: str) -> Path:
-        return self.out.with_name(f".{self.out.name}{ending}")
+    # Opening and locking
 
-    def __enter__(self) -> Staging:
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        self._take_lock()
-        with contextlib.ExitStack() as undo:
-            undo.callback(self._release)
-            self._finish_killed_commit()
-            self._refuse_foreign()
-            self._clear()
-            (self.folder / SHARDS).mkdir(parents=True)
-            self.private.mkdir(mode=0o700)
-            undo.pop_all()
-        return self
+    @contextlib.contextmanager
+    def enter(self, part: tuple[int, int] | None) -> Iterator[None]:
+        """Own the run, or one part of it: (1, 8) shares the state with the other seven.
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._finish_killed_commit()  # undoes a commit that failed half way
-        self._release()
+        At the end the hidden folder goes, unless it holds a plan to go on with.
 
-    def _take_lock(self) -> None:
-        """Own `.OUT.partial`, new or left by a killed run; the kernel drops the lock of a killed process."""
-        if self._hidden.exists() and not (self._hidden / LOCK).is_file() and any(self._hidden.iterdir()):
-            raise UserError(f"{self._hidden} is in the way and was not made by medpretrain")
-        self._hidden.mkdir(exist_ok=True)
-        self._lock = os.open(self._hidden / LOCK, os.O_CREAT | os.O_RDWR, 0o600)
+        Raises:
+            UserError: another run is at it, or something that is not ours stands in its place.
+        """
+        self.state.parent.mkdir(parents=True, exist_ok=True)
+        if self.state.exists() and not (self.state / LOCK).is_file() and any(self.state.iterdir()):
+            raise UserError(f"{self.state} is in the way and was not made by medpretrain")
+        self.state.mkdir(exist_ok=True)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.fstat(self._lock).st_nlink:  # the other run ended just now and took the file along
+            self._lock(LOCK, fcntl.LOCK_EX if part is None else fcntl.LOCK_SH)
+            if part is not None:
+                self._lock(f"{LOCK}-{part[0]}-of-{part[1]}", fcntl.LOCK_EX)
+            with self.alone():
+                self._finish_killed_commit()
+                self._make_folders()
+            yield
+        finally:
+            self._release()
+
+    def _lock(self, name: str, kind: int, wait: bool = False) -> None:
+        handle = os.open(self.state / name, os.O_CREAT | os.O_RDWR, 0o600)
+        try:
+            fcntl.flock(handle, kind | (0 if wait else fcntl.LOCK_NB))
+            if not os.fstat(handle).st_nlink:  # the other run ended just now and took the file along
                 raise BlockingIOError
         except BlockingIOError:
-            os.close(self._lock)
+            os.close(handle)
             raise UserError(f"another run is writing {self.out}") from None
         except OSError as error:
-            os.close(self._lock)
-            raise UserError(f"{self._hidden / LOCK} cannot be locked on this file system: {error.strerror}") from None
+            os.close(handle)
+            raise UserError(f"{self.state / name} cannot be locked on this file system: {error.strerror}") from None
+        self._locks.append(handle)
 
-    def _clear(self) -> None:
-        for left in self._hidden.iterdir():
-            if left.name != LOCK:
-                shutil.rmtree(left)
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """What one part at a time may do; the others wait."""
+        before = len(self._locks)
+        self._lock(f"{LOCK}-alone", fcntl.LOCK_EX, wait=True)
+        try:
+            yield
+        finally:
+            while len(self._locks) > before:
+                os.close(self._locks.pop())
 
-    def _release(self) -> None:
-        """Remove the hidden folder, the lock last, so that what a kill leaves here is always recognised."""
-        self._clear()
-        (self._hidden / LOCK).unlink()
-        self._hidden.rmdir()
-        os.close(self._lock)
+    def refuse_foreign(self) -> tuple[DatasetInfo, str] | None:
+        """Check that OUT may be written; returns the dataset that is there, and its SHA-256.
 
-    def _refuse_foreign(self) -> None:
-        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+        Raises:
+            UserError: OUT or OUT.private exists and is not ours, or neither --overwrite nor --append is given.
+        """
+        there = self.existing()
+        if there is not None and not self._overwrite and not self._append:
+            raise UserError(f"{self.out} is a prepared dataset already; --overwrite replaces it, --append adds to it")
+        if there is None and self._append:
+            raise UserError(f"--append: there is no dataset at {self.out}")
+        if self.final_private.exists():
+            strays = self.final_private.is_dir() and set(os.listdir(self.final_private)) - {LINKS, AUDIT, REVIEW}
+            if strays or not self.final_private.is_dir():
+                raise UserError(f"{self.final_private} is in the way and was not made by medpretrain")
+            if not self._overwrite and not self._append:
+                raise UserError(f"{self.final_private} holds the link table of an earlier run; --overwrite replaces it")
+        elif self._append:
+            raise UserError(f"--append: {self.final_private}, the link table of {self.out}, is missing")
+        return there
+
+    def existing(self) -> tuple[DatasetInfo, str] | None:
+        """The dataset at OUT and the SHA-256 of its dataset.json.
+
+        Raises:
+            UserError: something else is there.
+        """
+        store = open_store(self.out)
+        names = store.names()
+        if INFO in names:
+            with store.local(INFO) as file:
+                raw = file.read_bytes()
             try:
-                info, _ = read_info(self.out)
+                info = parse_info(raw, f"{self.out}/{INFO}")
             except UserError as error:
                 raise UserError(f"{self.out} exists and will not be overwritten: {error}") from None
-            strays = stray_files(self.out, [shard.name for shard in info.shards])
+            strays = stray_files(names, info)
             if strays:
                 raise UserError(f"{self.out} exists and will not be overwritten: it also holds {strays[0]}")
-            if not self._overwrite:
-                raise UserError(f"{self.out} is a prepared dataset already; --overwrite replaces it")
-        if self.final_private.exists():
-            if not self.final_private.is_dir() or set(os.listdir(self.final_private)) - {LINKS}:
-                raise UserError(f"{self.final_private} is in the way and was not made by medpretrain")
-            if not self._overwrite:
-                raise UserError(f"{self.final_private} holds the link table of an earlier run; --overwrite replaces it")
+            return info, hashlib.sha256(raw).hexdigest()
+        # In an object store, shards without a dataset.json are what a killed run of ours leaves.
+        ours = self.remote and (self._overwrite or (self.state / PLAN).exists())
+        for name in names:
+            if not ours or not (name.startswith(f"{SHARDS}/") or name in (INDEX, QUARANTINE)):
+                raise UserError(f"{self.out} exists and will not be overwritten: it is no dataset and holds {name}")
+        if not self.remote and Path(self.out).is_file():
+            raise UserError(f"{self.out} exists and will not be overwritten: it is a file")
+        return None
+
+    def _make_folders(self) -> None:
+        for folder in (self.dataset, self.state / RECORDS):
+            folder.mkdir(parents=True, exist_ok=True)
+        self.private.mkdir(mode=0o700, exist_ok=True)
+
+    def clear(self) -> None:
+        """Forget plan, records and shards in the making."""
+        (self.state / PLAN).unlink(missing_ok=True)
+        for left in self.state.iterdir():
+            if left.is_dir():
+                shutil.rmtree(left)
+            elif not left.name.startswith(LOCK):
+                left.unlink()
+        self._make_folders()
+
+    def _release(self) -> None:
+        """Give the locks back; without a plan to go on with, the last one out removes the hidden folder."""
+        try:
+            if self._locks and not (self.state / PLAN).exists():
+                with contextlib.suppress(BlockingIOError):  # other parts are still at it
+                    fcntl.flock(self._locks[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    self.clear()
+                    shutil.rmtree(self.state)
+        finally:
+            while self._locks:
+                os.close(self._locks.pop())
+
+    # Commit
+
+    def begin(self) -> None:
+        """An object store has no rename: what is to be replaced stops being a dataset before its shards change."""
+        if self.remote and self._overwrite:
+            self.store.remove(INFO)
 
     def commit(self) -> None:
-        """Make OUT and OUT.private visible, each by one rename; what stood there before is removed last."""
-        (self.private / PENDING).write_text(_identity(self.folder))
+        """Make the dataset and OUT.private visible; what stood there before is removed last."""
+        (self.private / PENDING).write_text(_identity(self.dataset / INFO))
+        for file in self.private.iterdir():
+            os.chmod(file, 0o600)
+        if isinstance(self.store, UrlStore):
+            for name in (INDEX, QUARANTINE, INFO):  # dataset.json, by which it is a dataset, comes last
+                copy = self.state / f"{name}.upload"
+                shutil.copyfile(self.dataset / name, copy)
+                self.store.add(copy, name)
         if self.final_private.exists():
             self.final_private.rename(self._old_private)
         self.private.rename(self.final_private)
-        if self.out.exists():
-            self.out.rename(self._old)
-        self.folder.rename(self.out)
-        folder = os.open(self.out.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        if not self.remote:
+            out = Path(self.out)
+            if out.exists():
+                out.rename(self._old)
+            self.dataset.rename(out)
+            folder_to_disk(out.parent)
         self._finish_killed_commit()
 
+    def landed(self) -> bool:
+        """Whether a kill came between the last rename of a commit and the end of the run."""
+        return (self.state / PLAN).exists() and (self.state / LANDED).exists()
+
     def _finish_killed_commit(self) -> None:
-        """Go forward if the new OUT is in its place, else back to the old one. Does nothing after a clean end."""
+        """Go forward if the new dataset is in its place, else back to the old one. Does nothing after a clean end."""
         pending = self.final_private / PENDING
-        landed = pending.is_file() and (self.out / INFO).is_file() and _identity(self.out) == pending.read_text()
-        if landed:
+        if pending.is_file() and self._identity_there() == pending.read_text():
+            if isinstance(self.store, UrlStore):
+                there = parse_info((self.dataset / INFO).read_bytes(), INFO)
+                for name in stray_files(self.store.names(), there):
+                    self.store.remove(name)
             for old in (self._old, self._old_private):
                 if old.exists():
                     shutil.rmtree(old)
+            (self.state / LANDED).touch()
             pending.unlink()
             return
-        if self._old.exists() and not self.out.exists():
-            self._old.rename(self.out)
+        out = Path(self.out)
+        if self._old.exists() and not out.exists():
+            self._old.rename(out)
         if pending.is_file():
-            shutil.rmtree(self.final_private)
+            self.final_private.rename(self.private)
+            (self.private / PENDING).unlink()
         if self._old_private.exists() and not self.final_private.exists():
             self._old_private.rename(self.final_private)
 
+    def _identity_there(self) -> str | None:
+        store = open_store(self.out)
+        if store.size(INFO) is None:
+            return None
+        with store.local(INFO) as file:
+            return _identity(file)
 
-def _identity(folder: Path) -> str:
-    return hashlib.sha256((folder / INFO).read_bytes()).hexdigest()
+
+def _identity(info: Path) -> str:
+    return hashlib.sha256(info.read_bytes()).hexdigest()
 
 
-def stray_files(folder: Path, shards: list[str]) -> list[str]:
-    """What lies in a dataset's folder and does not belong to it, as relative paths."""
-    expected = {INFO, INDEX, QUARANTINE, SHARDS}
-    expected |= {f"{SHARDS}/{name}" for name in shards}
-    expected |= {f"{SHARDS}/{name.removesuffix('.tar')}.idx" for name in shards}
-    found = os.listdir(folder)
-    if (folder / SHARDS).is_dir():
-        found += [f"{SHARDS}/{name}" for name in os.listdir(folder / SHARDS)]
-    return sorted(set(found) - expected)
+def stray_files(names: list[str], info: DatasetInfo) -> list[str]:
+    """What lies in a dataset's folder and does not belong to it."""
+    expected = {INFO, INDEX, QUARANTINE}
+    expected |= {f"{SHARDS}/{shard.name}" for shard in info.shards}
+    expected |= {f"{SHARDS}/{shard.name.removesuffix('.tar')}.idx" for shard in info.shards}
+    return sorted(set(names) - expected)

@@ -17,15 +17,14 @@ from data_prep.dataset import (
     INFO,
     QUARANTINE,
     SHARDS,
-    DatasetInfo,
-    ShardInfo,
     file_sha256,
     index_schema,
-    parse_info,
 )
+from data_prep.dataset_info import DatasetInfo, ShardInfo, parse_info
 from data_prep.errors import UserError
 from data_prep.shard import INDEX_VERSION, ShardError, index_line, members
 from data_prep.staging import stray_files
+from data_prep.store import FolderStore
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ def verify(path: str | Path, on_progress: Callable[[int, int], None] | None = No
         return [Problem(INFO, str(error))]
     problems = [
         Problem(name, "does not belong to the dataset")
-        for name in stray_files(folder, [shard.name for shard in info.shards])
+        for name in stray_files(FolderStore(folder, folder).names(), info)
     ]
     tables = []
     for name, sha256 in ((INDEX, info.index_sha256), (QUARANTINE, info.quarantine_sha256)):

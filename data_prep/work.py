@@ -1,42 +1,57 @@
-"""Write one shard of the plan: what a worker process does. It imports little, since every worker starts anew."""
+"""Write one shard of the plan: what a worker does. It imports little, since every worker process starts anew."""
 
 from __future__ import annotations
 
-import functools
 import json
-import os
-from collections.abc import Callable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import pyarrow as pa
 
+from data_prep.dataset import LABEL_PREFIX, SHARDS, index_schema
 from data_prep.quarantine import Rejected
-from data_prep.samples import Sample, from_array, from_bytes
-from data_prep.shard import EXTENSIONS, ShardFile, ShardWriter
+from data_prep.samples import Sample
+from data_prep.shard import ShardFile, ShardWriter
+from data_prep.store import Store
 
-MAX_FILE = 1 << 31
-TICK = 16  # images between two reports of progress
+
+class Picture(NamedTuple):
+    """One image of a source, and what its record says beside the sample itself.
+
+    `study`, `series` and `instance` are pseudonyms, `frame` counts from 0; `about` is JSON of allow-listed attributes.
+    """
+
+    sample: Sample
+    study: str | None = None
+    series: str | None = None
+    instance: str | None = None
+    frame: int | None = None
+    about: Mapping[str, Any] | None = None
+
+
+class Reader(Protocol):
+    """Turns a source into pictures. Pickles, and holds no secret: a key is read where it is used."""
+
+    def read(self, name: bytes, measure: bool) -> Iterable[Picture]:
+        """The images of a source, one or (multi-frame) more.
+
+        Args:
+            name: as in the plan.
+            measure: fill `Sample.values`.
+
+        Raises:
+            Rejected: the source cannot be used; its attribute `instance` may carry its pseudonym.
+        """
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is the same for all shards.
+    """What is the same for all shards: how to read, where to write, the names of each label column."""
 
-    Attributes:
-        kind: `files` under `root`, or `npz`: arrays `{split}_images.npy` under `root`.
-        root: where the images are.
-        folder: where the shards go.
-        resize: the largest shorter side in pixels, or None.
-        trust: read headers only where an image passes through.
-        labels: the names of each label column.
-    """
-
-    kind: str
-    root: Path
-    folder: Path
-    resize: int | None
-    trust: bool
+    reader: Reader
+    store: Store
     labels: dict[str, list[str]]
 
 
@@ -44,16 +59,17 @@ class Task:
 class Job:
     """One shard to write: the plan positions from `start`, one for each name.
 
-    `labels` is (n, L) int32, `pseudonyms` (n,) int64 with 0 for an unknown patient; `measure` is how many of the first
-    images count towards mean and standard deviation.
+    `labels` is (n, L) int32; `patients` are pseudonyms; `measure` is how many of the first images count towards mean
+    and standard deviation. Its repr shows no name: an engine may log what it failed at.
     """
 
     number: int
+    shard: str
     split: str
     start: int
-    names: list[str]
-    labels: np.ndarray
-    pseudonyms: np.ndarray
+    names: list[bytes] = field(repr=False)
+    labels: np.ndarray = field(repr=False)
+    patients: list[str | None] = field(repr=False)
     measure: int
 
 
@@ -85,82 +101,73 @@ class Tally:
 class ShardResult:
     """What became of a job.
 
-    `rows` is (n, 8) int64: plan position, offset, length, extension (place in EXTENSIONS), width, height, bit depth,
-    channels. `rejected` has plan position, reason code and message. `file` is None where no image was left.
+    `rows` are its rows of index.parquet. `rejected` has plan position, reason code, message, and the pseudonyms of
+    patient and instance. `file` is None where no image was left.
     """
 
     number: int
-    split: str
-    path: Path
+    sources: int
     file: ShardFile | None
-    rows: np.ndarray
-    rejected: list[tuple[int, str, str]]
+    rows: pa.Table
+    rejected: list[tuple[int, str, str, str | None, str | None]]
     tallies: dict[int, Tally]
 
 
-def key_of(position: int) -> str:
-    """A sample's key: its place in the plan, which says nothing of its source."""
-    return f"{position:09d}"
+def key_of(position: int, frame: int | None = None) -> str:
+    """A sample's key: its place in the plan, which says nothing of its source, and its frame."""
+    return f"{position:09d}" if frame is None else f"{position:09d}-{frame:05d}"
 
 
-def pseudonym_of(number: int) -> str:
-    return f"p{number:07d}"
-
-
-def write_shard(task: Task, job: Job, tick: Callable[[int], None]) -> ShardResult:
-    """Read, check and pack one job's images.
-
-    Args:
-        task: the settings.
-        job: the images.
-        tick: called with the number of images done since the last call; may raise to stop the work.
-    """
-    path = task.folder / f"plan-{job.number:06d}.tar"
-    rows: list[tuple[int, ...]] = []
-    rejected: list[tuple[int, str, str]] = []
+def write_shard(task: Task, job: Job) -> ShardResult:
+    """Read, check and pack one job's images; the shard appears in the store when it is whole."""
+    rows: list[tuple[Any, ...]] = []
+    labels: list[np.ndarray] = []
+    rejected: list[tuple[int, str, str, str | None, str | None]] = []
     tallies = {1: Tally(), 3: Tally()}
     records = _Records(job.split, task.labels)
     measured = 0
-    with ShardWriter(path) as writer:
-        for i, name in enumerate(job.names):
-            if i % TICK == 0 and i:
-                tick(TICK)
-            position = job.start + i
-            try:
-                sample = _load(task, name, measured < job.measure)
-            except Rejected as reason:
-                rejected.append((position, reason.code, reason.message))
-                continue
-            if sample.values is not None:
-                tallies[sample.channels].add(sample.values)
-                measured += 1
-            record = records.dump(sample, int(job.pseudonyms[i]), job.labels[i])
-            offset = writer.add(key_of(position), sample.extension, sample.data, record)
-            extension = EXTENSIONS.index(sample.extension)
-            rows.append((position, offset, len(sample.data), extension, *sample[2:6]))
-        tick((len(job.names) - 1) % TICK + 1)
-        file = writer.close() if rows else None
-    table = np.array(rows, np.int64).reshape(len(rows), 8)
-    return ShardResult(job.number, job.split, path, file, table, rejected, tallies)
+    with task.store.scratch() as scratch:
+        with ShardWriter(scratch / job.shard) as writer:
+            for position, name, patient, ids in zip(
+                range(job.start, job.start + len(job.names)), job.names, job.patients, job.labels, strict=True
+            ):
+                try:
+                    # All frames before the first is packed: a source goes in whole or not at all.
+                    pictures = list(task.reader.read(name, measured < job.measure))
+                except Rejected as reason:
+                    rejected.append((position, reason.code, reason.message, patient, reason.instance))
+                    continue
+                for picture in pictures:
+                    sample = picture.sample
+                    if sample.values is not None:
+                        tallies[sample.channels].add(sample.values)
+                        measured += 1
+                    key = key_of(position, picture.frame)
+                    offset = writer.add(key, sample.extension, sample.data, records.dump(picture, patient, ids))
+                    # The columns of `index_schema` in their order, but for shard, split and labels.
+                    size = (sample.width, sample.height, sample.bit_depth, sample.channels)
+                    mark = sample.fingerprint
+                    rows.append((key, offset, len(sample.data), sample.extension, *size, patient, *picture[1:5], *mark))
+                    labels.append(ids)
+            file = writer.close() if rows else None
+        if file is not None:
+            for ending in (".idx", ".tar"):  # the tar last: what is there has its index
+                path = (scratch / job.shard).with_suffix(ending)
+                task.store.add(path, f"{SHARDS}/{path.name}")
+    table = _table(job, rows, labels, list(task.labels))
+    return ShardResult(job.number, len(job.names), file, table, rejected, tallies)
 
 
-def _load(task: Task, name: str, measure: bool) -> Sample:
-    if task.kind == "npz":
-        split, _, number = name.partition("/")
-        return from_array(np.asarray(_array(task.root / f"{split}_images.npy")[int(number)]), task.resize, measure)
-    try:
-        with open(f"{task.root}/{name}", "rb", buffering=0) as file:
-            if os.fstat(file.fileno()).st_size > MAX_FILE:
-                raise Rejected("too_large", "a file of more than 2 GiB")
-            data = file.read()
-    except OSError as error:
-        raise Rejected("unreadable", os.strerror(error.errno or 0)) from None
-    return from_bytes(data, task.resize, decode=not task.trust, measure=measure)
-
-
-@functools.lru_cache(maxsize=8)
-def _array(path: Path) -> np.ndarray:
-    return np.load(path, mmap_mode="r", allow_pickle=False)
+def _table(job: Job, rows: list[tuple[Any, ...]], labels: list[np.ndarray], names: list[str]) -> pa.Table:
+    schema = index_schema(names)
+    same = {"shard": job.shard, "split": job.split}
+    plain = [field.name for field in schema if field.name not in same and not field.name.startswith(LABEL_PREFIX)]
+    found = list(zip(*rows, strict=True)) or [()] * len(plain)
+    columns: dict[str, Any] = dict(zip(plain, found, strict=True))
+    columns |= {name: [value] * len(rows) for name, value in same.items()}
+    ids = np.stack(labels) if labels else np.zeros((0, len(names)), np.int32)
+    columns |= {LABEL_PREFIX + name: ids[:, place] for place, name in enumerate(names)}
+    return pa.table([pa.array(columns[field.name], field.type) for field in schema], schema=schema)
 
 
 class _Records:
@@ -171,7 +178,7 @@ class _Records:
         self._labels = labels
         self._known: dict[bytes, str] = {}
 
-    def dump(self, sample: Sample, pseudonym: int, ids: np.ndarray) -> bytes:
+    def dump(self, picture: Picture, patient: str | None, ids: np.ndarray) -> bytes:
         key = ids.tobytes()
         labels = self._known.get(key)
         if labels is None:
@@ -180,8 +187,15 @@ class _Records:
                 for (name, names), place in zip(self._labels.items(), ids.tolist(), strict=True)
             }
             labels = self._known[key] = json.dumps(named, separators=(",", ":"))
-        patient = f'"{pseudonym_of(pseudonym)}"' if pseudonym else "null"
+        sample = picture.sample
+        said = "null" if patient is None else f'"{patient}"'
+        more = {
+            name: value
+            for name in ("study", "series", "instance", "frame", "about")
+            if (value := getattr(picture, name)) is not None
+        }
+        rest = "," + json.dumps(more, separators=(",", ":"))[1:] if more else "}"
         return (
             f'{{"split":{self._split},"width":{sample.width},"height":{sample.height},'
-            f'"bit_depth":{sample.bit_depth},"channels":{sample.channels},"patient":{patient},"labels":{labels}}}'
+            f'"bit_depth":{sample.bit_depth},"channels":{sample.channels},"patient":{said},"labels":{labels}{rest}'
         ).encode()

@@ -1,0 +1,281 @@
+"""Sources in, a dataset out: plan, work, finish. Each kind of source says how it is opened and read; the rest is here.
+
+The plan is made once and kept; workers write shards, each whole or not at all, and a record of each is kept; whoever
+finds every record there finishes. So any number of workers, parts and kills gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from data_prep.audit import Audit
+from data_prep.dataset import created_by
+from data_prep.dataset_info import DatasetInfo, Deidentification
+from data_prep.errors import UserError, WorkFailed, nearest
+from data_prep.finish import finish, refuse_mixed_depths
+from data_prep.options import Options, Progress, Running
+from data_prep.plan import Base, PlanFile, difference, read_plan, save_plan, write_plan
+from data_prep.pool import Engine, open_engine
+from data_prep.previous import Previous
+from data_prep.records import Records
+from data_prep.sources import Source
+from data_prep.staging import AUDIT, PLAN, RECORDS, Staging
+from data_prep.work import Reader, ShardResult, Task, write_shard
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run made: the dataset at `out`, with warnings for the user to read."""
+
+    out: str
+    private: Path
+    info: DatasetInfo
+    warnings: list[str]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """A part ended, and `left` shards of other parts are still to be written; the last part finishes."""
+
+    out: str
+    left: int
+
+
+class Kind(Protocol):
+    """One kind of source: `prep images`, `prep dicom`, ..."""
+
+    @property
+    def source(self) -> Path:
+        """What the user named."""
+
+    @property
+    def root(self) -> Path:
+        """The folder that names are relative to, or the file they are in."""
+
+    def options(self) -> dict[str, Any]:
+        """What of its options goes into dataset.json: nothing that tells a path."""
+
+    def request(self) -> dict[str, Any]:
+        """What else decides the result, such as where the source is; stays private."""
+
+    def open(self, engine: Engine, state: Path, report: Callable[[int, int | None], None]) -> Source:
+        """Read names, labels and patients; `state` is a folder that stays until the run is finished."""
+
+    def reader(self, state: Path) -> Reader:
+        """How workers read the sources; called in a run that goes on too, without `open`."""
+
+    def deidentification(self) -> Deidentification | None:
+        """For dataset.json."""
+
+    @property
+    def measured(self) -> int:
+        """About how many train images to measure."""
+
+
+def prepare(kind: Kind, out: str | Path, options: Options, running: Running) -> Summary | Unfinished:
+    """Turn a source into a dataset at `out`, a folder or an fsspec URL.
+
+    The result depends on the source and the options alone. Beside it, in OUT.private, lies the table that links samples
+    to their sources; it must not leave with the dataset.
+
+    Raises:
+        UserError: anything in the source or the options that cannot be used; `out` is then left as it was.
+        WorkFailed: a full disk, a killed worker; what is done is kept, and the same command goes on.
+    """
+    started = time.monotonic()
+    _check(options, running)
+    staging = Staging(out, running.private, running.overwrite, running.append)
+    _refuse_nesting(kind.source, staging)
+    request = {
+        "created_by": created_by(),
+        "source_root": str(kind.root.resolve()),
+        "append": running.append,
+        **kind.options(),
+        **kind.request(),
+        **{name: getattr(options, name) for name in ("seed", "shard_size", "duplicates", "drop_duplicates")},
+        "split": None if options.split is None else dict(options.split),
+    }
+    with _writable(staging), staging.enter(running.part), open_engine(running.workers, running.cluster) as engine:
+        audit = Audit(staging.private / AUDIT, staging.final_private / AUDIT)
+        with staging.alone():
+            done = _already_done(staging, request)
+            if done is not None:
+                (staging.state / PLAN).unlink()
+                return Summary(staging.out, staging.final_private, done, [], time.monotonic() - started)
+            previous = Previous.of(staging) if running.append else None
+            shown = {**kind.options(), **_shown(options)}
+            claimed = kind.deidentification()
+            if previous is not None:
+                previous.refuse_other(shown, None if claimed is None else claimed.key_id, options.seed)
+            plan = _planned(kind, staging, request, options, running, engine, previous, audit)
+        records = Records(staging.state / RECORDS, plan, staging.store)
+        warnings = list(plan.notes)
+        try:
+            _work(kind, staging, plan, records, running, engine)
+            with staging.alone():
+                if read_plan(staging.state) is None:  # another part was last, and has finished
+                    there = staging.existing()
+                    assert there is not None
+                    info = there[0]
+                else:
+                    left = sum(not records.done(number) for number in range(len(plan.jobs)))
+                    if left:
+                        assert running.part is not None
+                        return Unfinished(staging.out, left)
+                    info, more = finish(staging, plan, records, options, shown, claimed, previous, audit)
+                    warnings += more
+                    staging.commit()
+                    (staging.state / PLAN).unlink()
+        except UserError:
+            if running.part is None:  # what was planned cannot be: nothing to go on from
+                staging.clear()
+            raise
+    return Summary(staging.out, staging.final_private, info, warnings, time.monotonic() - started)
+
+
+def _shown(options: Options) -> dict[str, Any]:
+    """The options that every kind has, but for the seed."""
+    return {
+        "split": None if options.split is None else dict(options.split),
+        "shard_size": options.shard_size,
+        "drop_duplicates": options.drop_duplicates,
+    }
+
+
+def _check(options: Options, running: Running) -> None:
+    for name, value in (("shard-size", options.shard_size), ("workers", running.workers)):
+        if value < 1:
+            raise UserError(f"--{name} must be at least 1, not {value}")
+    if not 0 <= options.seed < 2**63:
+        raise UserError(f"--seed must be from 0 to 2**63 - 1, not {options.seed}")
+    if options.duplicates not in ("off", "exact", "near"):
+        raise UserError(f"--duplicates {options.duplicates!r}{nearest(options.duplicates, ('off', 'exact', 'near'))}")
+    if options.drop_duplicates and options.duplicates == "off":
+        raise UserError("--drop-duplicates needs --duplicates exact or near")
+
+
+def _refuse_nesting(source: Path, staging: Staging) -> None:
+    if not source.exists():
+        raise UserError(f"{source} does not exist")
+    inner = source.resolve()
+    for place in ([] if staging.remote else [Path(staging.out)]) + [staging.final_private]:
+        outer = place.resolve()
+        if inner == outer or outer in inner.parents or (inner in outer.parents and inner.is_dir()):
+            raise UserError(f"the output {place} and the source {source} lie inside each other")
+
+
+@contextlib.contextmanager
+def _writable(staging: Staging) -> Iterator[None]:
+    """A full disk or a missing permission is something the user can mend."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise UserError(f"{staging.out} cannot be written: {error.strerror}") from None
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise WorkFailed(
+                f"{staging.out}: {error.strerror}; what is done is kept in {staging.state}: make room and give the "
+                "same command again"
+            ) from None
+        raise
+
+
+def _already_done(staging: Staging, request: Mapping[str, Any]) -> DatasetInfo | None:
+    """The dataset, where a kill came after its last rename and the same command was given again."""
+    plan = read_plan(staging.state)
+    if plan is None or not staging.landed() or difference(plan.request, request) is not None:
+        return None
+    there = staging.existing()
+    return None if there is None else there[0]
+
+
+def _planned(
+    kind: Kind,
+    staging: Staging,
+    request: Mapping[str, Any],
+    options: Options,
+    running: Running,
+    engine: Engine,
+    previous: Previous | None,
+    audit: Audit,
+) -> PlanFile:
+    """The plan to go on with, or a new one."""
+    plan = read_plan(staging.state)
+    there = staging.refuse_foreign()
+    if plan is not None:
+        odd = difference(plan.request, request)
+        if odd is None and plan.base != (there[1] if running.append and there else None):
+            odd = "the dataset that is added to was changed"
+        if odd is None:
+            audit.say("resumed", shards=len(plan.jobs))
+            return plan
+        if not running.overwrite:
+            raise UserError(
+                f"{staging.out}: an unfinished run with another plan is there ({odd}); give its options to go on, or "
+                "--overwrite to forget it"
+            )
+    staging.clear()
+    report = running.on_progress or (lambda progress: None)
+    source = kind.open(engine, staging.state, lambda done, total: report(Progress("sources", done, total)))
+    if previous is not None:
+        source = previous.without_known(source)
+    if not len(source):
+        reasons = Counter(source.rejected.column("reason").to_pylist())
+        listed = ", ".join(f"{code} {count}" for code, count in reasons.most_common()) or "no new ones"
+        raise UserError(f"{kind.source}: none of {source.found} sources can be used ({listed}); nothing was written")
+    base = Base() if previous is None else previous.base
+    plan = write_plan(
+        staging.state,
+        source,
+        request,
+        options.split,
+        options.seed,
+        options.shard_size,
+        base,
+        None if previous is None else previous.sha256,
+    )
+    audit.say("planned", sources=source.found, shards=len(plan.jobs), options={**kind.options(), **_shown(options)})
+    staging.begin()
+    save_plan(staging.state, plan)
+    return plan
+
+
+def _work(kind: Kind, staging: Staging, plan: PlanFile, records: Records, running: Running, engine: Engine) -> None:
+    """Write the shards that are not yet there."""
+    first, step = (running.part[0] - 1, running.part[1]) if running.part is not None else (0, 1)
+    mine = range(first, len(plan.jobs), step)
+    task = Task(kind.reader(staging.state), staging.store, {name: list(v.names) for name, v in plan.labels.items()})
+    total = sum(plan.jobs[number].sources for number in mine)
+    report = running.on_progress or (lambda progress: None)
+    done = size = quarantined = 0
+    depths: Counter[int] = Counter()
+
+    def count(result: ShardResult) -> None:
+        nonlocal done, size, quarantined
+        done += result.sources
+        size += result.file.bytes if result.file is not None else 0
+        quarantined += len(result.rejected)
+        depths.update(result.rows.column("bit_depth").to_pylist())
+        report(Progress("images", done, total, size, quarantined))
+
+    waiting = []
+    for number in mine:
+        if records.done(number):
+            count(records.load(number))
+        else:
+            waiting.append(number)
+    jobs = (plan.job(staging.state, number, kind.measured) for number in waiting)
+    with contextlib.closing(engine.map(functools.partial(write_shard, task), jobs)) as results:
+        for result in results:
+            records.save(result)
+            count(result)
+            refuse_mixed_depths(depths)
