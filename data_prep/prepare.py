@@ -211,7 +211,7 @@ def _planned(
     """The plan to go on with, or a new one."""
     plan = read_plan(staging.state)
     there = staging.refuse_foreign()
-    if plan is not None:
+    if plan is not None and not staging.landed():
         odd = difference(plan.request, request)
         if odd is None and plan.base != (there[1] if running.append and there else None):
             odd = "the dataset that is added to was changed"

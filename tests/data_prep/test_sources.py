@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from data_prep.columns import Words
 from data_prep.errors import UserError
+from data_prep.images import open_source
 from data_prep.labels import VOCABULARIES, LabelColumn, apply_class_map, load_class_map, shipped_folder
-from data_prep.plan import make_plan, parse_split
-from data_prep.sources import open_source, with_patient_pattern
+from data_prep.plan import Base, PlanFile, parse_split, write_plan
+from data_prep.sources import Source, with_patient_pattern
 
 Draw = Callable[..., bytes]
 
@@ -38,7 +41,7 @@ def test_the_class_is_the_first_folder(tree: Path) -> None:
     assert source.splits is None
     column = source.labels["class"]
     assert column.names == ["cat", "dog"]
-    assert [column.names[i] for i in column.ids] == [name.split("/")[0] for name in source.names]
+    assert [column.names[i] for i in column.ids] == [name.decode().split("/")[0] for name in source.names.to_pylist()]
 
 
 def test_split_folders_at_the_top_are_splits_and_not_classes(tmp_path: Path, draw: Draw) -> None:
@@ -46,7 +49,8 @@ def test_split_folders_at_the_top_are_splits_and_not_classes(tmp_path: Path, dra
         (tmp_path / split / "cat" / "deeper").mkdir(parents=True)
         (tmp_path / split / "cat" / "deeper" / "x.png").write_bytes(draw(number))
     source = open_source(tmp_path)
-    assert source.splits == ["train", "val"]
+    assert source.splits is not None
+    assert source.splits.to_pylist() == ["train", "val"]
     assert source.labels["class"].names == ["cat"]
     (tmp_path / "valid").mkdir()
     (tmp_path / "valid" / "x.png").write_bytes(draw(3))
@@ -65,8 +69,9 @@ def test_manifest_columns(manifest: Callable[[str], Path]) -> None:
         "path,patient,split,finding,modality\na.png,P1,train,10,MR\nb.png,,val,9,CT\n\nc.png,P2,train,,CT\n"
     )
     source = open_source(path)
-    assert source.patients == ["P1", None, "P2"]
-    assert source.splits == ["train", "val", "train"]
+    assert source.patients.to_pylist() == ["P1", None, "P2"]
+    assert source.splits is not None
+    assert source.splits.to_pylist() == ["train", "val", "train"]
     assert source.labels["finding"].names == ["9", "10"]  # as numbers
     assert source.labels["finding"].ids.tolist() == [1, 0, -1]
     assert source.labels["modality"].names == list(VOCABULARIES["modality"])
@@ -128,7 +133,8 @@ def test_npz_single_labels_of_either_shape(tmp_path: Path, shape: tuple[int, ...
     source = open_source(tmp_path / "x.npz")
     assert source.labels["class"].names == ["0", "1", "2", "10"]
     assert source.labels["class"].ids.tolist() == [2, 0, 1, 2, 2, 3] * 2
-    assert source.splits == ["train"] * 6 + ["val"] * 6
+    assert source.splits is not None
+    assert source.splits.to_pylist() == ["train"] * 6 + ["val"] * 6
 
 
 def test_npz_multi_labels_become_binary_columns(tmp_path: Path) -> None:
@@ -157,7 +163,7 @@ def test_npz_errors_name_the_array(tmp_path: Path, arrays: dict[str, np.ndarray]
 
 def test_patient_pattern_errors(tree: Path) -> None:
     source = open_source(tree)
-    assert set(with_patient_pattern(source, r"(\d+)_").patients) == {str(100 + n) for n in range(10)}
+    assert set(with_patient_pattern(source, r"(\d+)_").patients.to_pylist()) == {str(100 + n) for n in range(10)}
     with pytest.raises(UserError, match="needs a group"):
         with_patient_pattern(source, r"\d+_")
     with pytest.raises(UserError, match="unterminated"):
@@ -175,27 +181,58 @@ def test_a_grade_that_happens_to_equal_some_patients_number_is_fine(manifest: Ca
         open_source(manifest("path,patient,code\na.png,1,1\nb.png,2,2\nc.png,3,\n"))
 
 
-def test_a_patient_is_never_in_two_splits(tree: Path) -> None:
+def planned(folder: Path, source: Source, split: dict[str, float] | None, seed: int, size: int = 5) -> PlanFile:
+    return write_plan(folder, source, {"seed": seed}, split, seed, size, Base(), None)
+
+
+def test_a_patient_is_never_in_two_splits(tree: Path, tmp_path: Path) -> None:
     source = with_patient_pattern(open_source(tree), r"(\d+)_")
     seen = set()
-    with pytest.raises(UserError, match="'test' would get none of 10 patients"):
-        make_plan(source, {"train": 0.999, "test": 0.001}, 0, 5)
+    with pytest.raises(UserError, match="'test' would get none of 24 images, split by patient"):
+        planned(tmp_path, source, {"train": 0.999, "test": 0.001}, 0)
     for seed in range(20):
-        plan = make_plan(source, {"train": 0.5, "val": 0.5}, seed, 5)
-        homes: dict[str | None, set[int]] = {}
-        for position, number in enumerate(plan.order.tolist()):
-            homes.setdefault(source.patients[number], set()).add(int(plan.split_ids[position]))
+        plan = planned(tmp_path, source, {"train": 0.5, "val": 0.5}, seed)
+        homes: dict[bytes, set[str]] = {}
+        names = []
+        for number in range(len(plan.jobs)):
+            job = plan.job(tmp_path, number, 0)
+            names += job.names
+            for name in job.names:
+                homes.setdefault(name.split(b"/")[1].split(b"_")[0], set()).add(job.split)
+        assert sorted(names) == source.names.to_pylist()
+        assert len(homes) == 10
         assert all(len(splits) == 1 for splits in homes.values())
-        seen.add(tuple(plan.split_ids.tolist()))
-    assert len(seen) > 3  # the seed matters
+        seen.add(tuple(names))
+    assert len(seen) == 20  # the seed matters
 
 
-def test_a_patient_in_two_of_the_sources_own_splits_is_refused(manifest: Callable[[str], Path]) -> None:
+def test_files_of_many_frames_fill_shards_by_images(tree: Path, tmp_path: Path) -> None:
+    source = replace(open_source(tree), frames=np.array([3, 1, 30, 2] * 6, np.int32))
+    plan = planned(tmp_path, source, None, 0, 8)
+    assert sum(job.sources for job in plan.jobs) == 24
+    assert sum(job.images for job in plan.jobs) == 36 * 6
+    assert all(job.images <= 8 or job.sources == 1 for job in plan.jobs)
+
+
+def test_images_of_a_group_stay_together_where_the_patient_is_unknown(tree: Path, tmp_path: Path) -> None:
+    source = open_source(tree)
+    groups = Words().extend([f"study{i // 4}" for i in range(24)]).column()
+    plan = planned(tmp_path, replace(source, groups=groups), {"train": 0.5, "val": 0.5}, 1)
+    split_of = {}
+    for number in range(len(plan.jobs)):
+        job = plan.job(tmp_path, number, 0)
+        split_of.update(dict.fromkeys(job.names, job.split))
+    found = [{split_of[name] for name in source.names.to_pylist()[i : i + 4]} for i in range(0, 24, 4)]
+    assert all(len(splits) == 1 for splits in found)
+    assert len(set(map(frozenset, found))) == 2
+
+
+def test_a_patient_in_two_of_the_sources_own_splits_is_refused(manifest: Callable[[str], Path], tmp_path: Path) -> None:
     source = open_source(manifest("path,patient,split\na.png,P1,train\nb.png,P2,val\nc.png,P1,val\n"))
     with pytest.raises(UserError, match=r"in two splits: 'train' \(.*line 2\) and 'val' \(.*line 4\)"):
-        make_plan(source, None, 0, 10)
+        planned(tmp_path, source, None, 0)
     with pytest.raises(UserError, match="brings its own split"):
-        make_plan(source, {"train": 1.0}, 0, 10)
+        planned(tmp_path, source, {"train": 1.0}, 0)
 
 
 @pytest.mark.parametrize(
