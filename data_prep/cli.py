@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from data_prep.dataset import Dataset, read_info
+from data_prep.dataset import Dataset
 from data_prep.dicom.pseudonyms import write_key
 from data_prep.images import Images
 from data_prep.labels import VOCABULARIES
@@ -162,17 +162,27 @@ def key_command(path: Annotated[Path, typer.Argument(help="The file to write.", 
 
 @app.command("verify")
 def verify_command(
-    path: Annotated[Path, typer.Argument(help="The dataset.", show_default=False)],
+    path: Out,
+    quick: Annotated[bool, typer.Option("--quick", help="Do not decode images, nor try other readers.")] = False,
+    workers: Workers = 1,
 ) -> None:
-    """Read every byte of a dataset and find what was changed, cut, lost, swapped or added. Exit code 1 if anything."""
-    problems = verify(path)
-    for problem in problems:
-        typer.echo(str(problem))
-    if problems:
+    """Prove that a dataset is whole and what it says of itself. Exit code 1 if anything is wrong.
+
+    Every byte is compared with its hash, every row with its image, every image is decoded, and webdataset and DALI read
+    every shard. No patient, study, series or image may be in two splits.
+    """
+    with progress() as report:
+        findings = verify(path, quick=quick, workers=workers, on_progress=report)
+    for line in (*findings, *findings.notes):
+        typer.echo(str(line))
+    if findings:
         raise typer.Exit(1)
-    info, sha256 = read_info(path)
+    info = findings.info
+    assert info is not None
     size = sum(shard.bytes for shard in info.shards)
-    typer.echo(f"{path}: {info.samples} images in {len(info.shards)} shards, {size:,} bytes, nothing wrong; {sha256}")
+    typer.echo(
+        f"{path}: {info.samples} images in {len(info.shards)} shards, {size:,} bytes, nothing wrong; {findings.sha256}"
+    )
 
 
 @app.command("stats")
