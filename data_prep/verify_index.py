@@ -90,7 +90,7 @@ class Index:
 
     def _keep(self, batch: pa.RecordBatch) -> None:
         self.rows += len(batch)
-        split = batch.column("split")
+        split = batch.column("split").dictionary_decode().dictionary_encode()  # without words that no row has
         codes = [self._splits.setdefault(word, len(self._splits)) for word in split.dictionary.to_pylist()]
         self._kept["split"].append(np.array(codes, np.int32)[split.indices.to_numpy()])
         digests = b"".join(batch.column("digest").to_pylist())
@@ -107,15 +107,12 @@ class Index:
     def judge(self) -> list[Problem]:
         """What is wrong with the whole, once all shards were taken; to be asked of an index without `problems`."""
         kept = {name: np.concatenate(parts) for name, parts in self._kept.items()}
-        names = list(self._splits)
-        splits = Counter(names[code] for code in kept["split"].tolist())
+        splits = dict(zip(self._splits, np.bincount(kept["split"]).tolist(), strict=True))
         patients = np.unique(kept["patient"][kept["patient"] != 0], return_counts=True)[1]
         info = self._info
         found = [
             _claim("samples", info.samples, self.rows),
-            _claim(
-                "splits", info.splits, {name: counted[code] for name, code in self._splits.items() if code in counted}
-            ),
+            _claim("splits", info.splits, splits),
             _claim("known patients", info.patients.known, len(patients)),
             _claim("images without a patient", info.patients.images_without, int((kept["patient"] == 0).sum())),
             _claim("most images of a patient", info.patients.most_images, int(patients.max(initial=0))),
