@@ -1,6 +1,6 @@
 """What only the whole index can tell: its counts, and whether a patient, study, series or image is in two splits.
 
-Of every row a few numbers are kept (56 bytes); the rows themselves pass by, shard after shard.
+Of every row a few numbers are kept (52 bytes); the rows themselves pass by, shard after shard.
 """
 
 from __future__ import annotations

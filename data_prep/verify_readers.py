@@ -1,8 +1,8 @@
 """Read a shard with the libraries that training uses: webdataset and NVIDIA DALI, each in a process of its own.
 
-DALI is C++ and may crash on what it does not expect, and neither may be loaded into a process that must not import
-torch. So this file is also a program: it reads requests from its input, a JSON line each, and answers each with a line.
-It imports nothing of data_prep, for it runs as a plain file.
+DALI is C++ and may crash on what it does not expect, and webdataset loads torch where there is one. So this file is
+also a program: it reads requests from its input, a JSON line each, and answers each with a line. It imports nothing of
+data_prep, for it runs as a plain file.
 """
 
 from __future__ import annotations
@@ -167,6 +167,7 @@ def _by_dali(tar: str, idx: str) -> Iterator[Read]:
 
 def _serve(reader: str, requests: IO[str], answers: IO[str]) -> None:
     """Whatever is raised here ends the process, and that is the answer."""
+    sys.modules["torch"] = None  # type: ignore[assignment]  # webdataset does without, and it takes seconds to load
     importlib.import_module(_MODULES[reader])
     read = {"webdataset": _by_webdataset, "dali": _by_dali}[reader]
     print(_READY, file=answers, flush=True)
