@@ -125,20 +125,20 @@ class Index:
         problems = [problem for problem in found if problem is not None]
         twice = _repeated(kept["key"][:, None], np.arange(self.rows))
         if twice is not None:
-            problems.append(Problem(INDEX, f"has {twice[0]} keys twice, such as {self._value('key', twice[1])}"))
+            problems.append(Problem(INDEX, f"keys twice: {twice[0]}, such as {self._value('key', twice[1])}"))
         for name, many in _WHOLE.items():
             rows = np.flatnonzero(kept[name])
             shared = _repeated(kept[name][rows][:, None], kept["split"][rows])
             if shared is not None:
                 count, one, two = shared[0], int(rows[shared[1]]), int(rows[shared[2]])
                 places = f"{self._value('split', one)} and {self._value('split', two)}"
-                what = f"has {count} {many} in two splits, such as {self._value(name, one)} in {places}"
+                what = f"{many} in two splits: {count}, such as {self._value(name, one)} in {places}"
                 problems.append(Problem(INDEX, what))
         shared = _repeated(kept["digest"], kept["split"])
         if shared is not None:
             first, second = (f"{self._value('key', row)} in {self._value('split', row)}" for row in shared[1:])
             what = (
-                f"has {shared[0]} images in two splits, such as {first} and {second}; "
+                f"images in two splits: {shared[0]}, such as {first} and {second}; "
                 "prepare with --drop-duplicates takes them out"
             )
             problems.append(Problem(INDEX, what))
