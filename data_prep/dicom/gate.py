@@ -19,12 +19,14 @@ stays, so the option Clean Pixel Data (113101) is never claimed.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import re
+from typing import Any, NamedTuple
 
 from pydicom.dataset import Dataset
+from pydicom.multival import MultiValue
 
 from data_prep.dicom.anatomy import VISIBLE_FACE
-from data_prep.dicom.header import element, items, numbers, text
+from data_prep.dicom.header import element, items, numbers, text, texts
 from data_prep.dicom.profile import Profile
 from data_prep.dicom.sop_classes import Kind, kind_of, standard_name
 from data_prep.quarantine import Rejected
@@ -73,7 +75,7 @@ def gate(dataset: Dataset, profile: Profile, reviewed: bool) -> Gate:
         Rejected: with the reason of the table above.
     """
     kind = _kind(dataset)
-    ultrasound = kind is Kind.ULTRASOUND or text(dataset, "Modality") in ("US", "IVUS")
+    ultrasound = kind is Kind.ULTRASOUND or not {"US", "IVUS"}.isdisjoint(map(str.upper, texts(dataset, "Modality")))
     regions = _scan_regions(dataset) if ultrasound and profile.ultrasound == "crop" else ()
     if not reviewed:
         _refuse_burned_in(dataset, kind)
@@ -118,7 +120,8 @@ def _refuse_burned_in(dataset: Dataset, kind: Kind) -> None:
         raise Rejected("burned_in")
     image_type = _raw_words(dataset, "ImageType")
     description = _raw_words(dataset, "SeriesDescription")
-    if any(word in image_type for word in ("DOSE", "PROT", "REPORT")) or any(
+    # Whole words, for PROTON_DENSITY is none of them.
+    if not {"DOSE", "PROT", "PROTOCOL", "REPORT"}.isdisjoint(re.split(r"[^A-Z0-9]+", image_type)) or any(
         words in description for words in ("DOSE REPORT", "DOSE INFO", "DOSE RECORD", "PATIENT PROTOCOL")
     ):
         raise Rejected("dose_report")
@@ -137,18 +140,20 @@ def _refuse_burned_in(dataset: Dataset, kind: Kind) -> None:
 
 
 def _raw_words(dataset: Dataset, keyword: str) -> str:
-    """All values as one text in capitals, backslashes between them; what is not ASCII stays as question marks.
+    """All values as one text in capitals, backslashes between them; "?" for what is no text at all.
 
     Only compared here, so broken and foreign values count as said: anything odd in BurnedInAnnotation is not NO.
     """
     found = element(dataset, keyword)
-    value = None if found is None else found.value
+    value: Any = None if found is None else found.value
     if value is None:
         return ""
     if isinstance(value, bytes):
-        value = value.decode("ascii", "replace")
+        value = value.decode("latin-1")
+    elif isinstance(value, MultiValue):
+        value = "\\".join(part if isinstance(part, str) else "?" for part in value)
     elif not isinstance(value, str):
-        value = "\\".join(map(str, value)) if hasattr(value, "__iter__") else str(value)
+        return "?"
     return "\\".join(part.strip(" \0\t\r\n") for part in value.upper().replace("_", " ").split("\\"))
 
 

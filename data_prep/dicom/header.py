@@ -13,10 +13,12 @@ import re
 import struct
 import unicodedata
 import warnings
+import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from lzma import LZMAError
 from typing import Any, BinaryIO
 
 import pydicom
@@ -27,6 +29,7 @@ from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
 from pydicom.multival import MultiValue
 from pydicom.sequence import Sequence as DicomSequence
+from pydicom.tag import BaseTag
 
 from data_prep.quarantine import Rejected
 
@@ -67,11 +70,11 @@ def silenced() -> Iterator[None]:
 
 
 @cache
-def tag(keyword: str) -> int:
+def tag(keyword: str) -> BaseTag:
     """The tag of an attribute by its keyword in PS3.6."""
     found = tag_for_keyword(keyword)
     assert found is not None, keyword
-    return found
+    return BaseTag(found)
 
 
 def read_header(file: BinaryIO, keywords: Iterable[str] | None = None) -> Dataset:
@@ -107,11 +110,13 @@ def read_header(file: BinaryIO, keywords: Iterable[str] | None = None) -> Datase
         return _parse(file, tags, force)
     except OSError:
         raise Rejected("unreadable") from None
+    except (zipfile.BadZipFile, LZMAError):  # the file is a member of a damaged archive
+        raise Rejected("corrupt") from None
     except PARSE_ERRORS:
         raise Rejected("bad_header") from None
 
 
-def _parse(file: BinaryIO, tags: list[int] | None, force: bool) -> Dataset:
+def _parse(file: BinaryIO, tags: list[BaseTag] | None, force: bool) -> Dataset:
     with silenced():
         return pydicom.dcmread(file, stop_before_pixels=True, force=force, specific_tags=tags)
 

@@ -15,7 +15,7 @@ from pydicom.dataset import Dataset
 
 from data_prep.dicom import terms
 from data_prep.dicom.anatomy import regions
-from data_prep.dicom.header import functional_groups, numbers, text
+from data_prep.dicom.header import functional_groups, identifier, numbers, text
 
 if TYPE_CHECKING:
     from data_prep.dicom.profile import Profile
@@ -104,7 +104,7 @@ def _regions(dataset: Dataset, frame: int) -> Json | None:
 
 
 def _manufacturer(dataset: Dataset, frame: int) -> Json | None:
-    return terms.manufacturer(text(dataset, "Manufacturer"))
+    return terms.manufacturer(identifier(dataset, "Manufacturer") or "")  # free text in any character set
 
 
 def _frame_number(dataset: Dataset, frame: int) -> Json | None:

@@ -13,7 +13,7 @@ from pydicom.dataset import Dataset
 
 from data_prep.dicom.anatomy import ANATOMY_KEYWORDS, AnatomyTable, locate, modality_id
 from data_prep.dicom.gate import GATE_KEYWORDS, gate, may_show_a_face
-from data_prep.dicom.header import identifier, numbers, read_header, text
+from data_prep.dicom.header import element, identifier, numbers, read_header
 from data_prep.dicom.profile import Profile
 from data_prep.dicom.pseudonyms import Pseudonyms
 from data_prep.quarantine import Rejected
@@ -129,9 +129,10 @@ def identify(dataset: Dataset, pseudonyms: Pseudonyms) -> Identity:
 
 def _frames(dataset: Dataset) -> int:
     """NumberOfFrames; 1 where it is absent or empty."""
-    count = numbers(dataset, "NumberOfFrames")
-    if not count and not text(dataset, "NumberOfFrames") and "NumberOfFrames" not in dataset:
+    found = element(dataset, "NumberOfFrames")
+    if found is None or not found.value:
         return 1
+    count = numbers(dataset, "NumberOfFrames")
     if len(count) != 1 or not count[0].is_integer() or not 1 <= count[0] <= MAX_FRAMES:
         raise Rejected("bad_header", "the number of frames")
     return int(count[0])
