@@ -4,14 +4,19 @@ from __future__ import annotations
 
 REASONS: dict[str, str] = {
     "animated": "the file holds more than one frame or page",
+    "bad_pixel_data": "the pixel data are damaged or do not fit the header",
+    "bad_pixel_header": "the attributes that describe the pixels are missing or contradict each other",
+    "bad_window": "the rescale, the window or the look-up table of the file cannot be used",
     "corrupt": "the file is damaged",
     "dicom": "the file is DICOM: use 'medpretrain prep dicom'",
     "empty": "the file has no bytes",
+    "no_pixels": "the file holds no pixel data",
     "not_an_image": "the file is no image of a known format",
     "too_large": "the image has more pixels than the decoder's limit",
     "truncated": "the file ends before the image does",
     "unreadable": "the file could not be read from disk",
     "unsupported_mode": "the pixels cannot be kept as 8- or 16-bit gray or 8-bit RGB",
+    "unsupported_transfer_syntax": "the pixel data are encoded in a way that cannot be decoded",
 }
 
 
