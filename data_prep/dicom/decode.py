@@ -154,7 +154,7 @@ def decoded(dataset: Dataset, layout: Layout) -> Iterator[np.ndarray]:
     streams = _streams(dataset, layout) if layout.syntax.is_encapsulated else None
     arrays = None
     if layout.syntax not in _LOSSY_JPEG:
-        options = {} if layout.syntax.is_encapsulated else {"view_only": True}
+        options = {"view_only": True} if layout.syntax in _NATIVE and layout.cells else {}
         arrays = get_decoder(layout.syntax).iter_array(
             dataset,
             decoding_plugin=_PLUGINS[layout.syntax],

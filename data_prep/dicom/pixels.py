@@ -90,9 +90,10 @@ def frames(
             bright = (cells.stored(array.astype(np.int64)) != 0) ^ black
             yield Frame(number, bright.astype(f"u{bits // 8}") * ((1 << bits) - 1), "none")
         else:
-            measure = read_modality(dataset, number, layout.signed)
-            voi, used = _voi(dataset, number, layout, measure, choice, modality, anatomy)
-            gray = _Gray(measure, voi, padding, black, bits)
+            if number == 0 or "PerFrameFunctionalGroupsSequence" in dataset:
+                measure = read_modality(dataset, number, layout.signed)
+                voi, used = _voi(dataset, number, layout, measure, choice, modality, anatomy)
+                gray = _Gray(measure, voi, padding, black, bits)
             yield Frame(number, *_windowed(array, cells, gray, used, choice.percentiles))
 
 
@@ -166,8 +167,9 @@ def _windowed(
         patterns = cells.patterns(array)
         if gray.voi is not None:
             return _table(cells, gray).take(patterns), used
-        counts = np.bincount(patterns.ravel(), minlength=1 << cells.size)
+        counts = np.bincount(patterns.ravel())
         present = np.flatnonzero(counts)
+        table = np.zeros(len(counts), f"u{gray.bits // 8}")
         stored, counts = cells.stored(present), counts[present]
     elif gray.voi is not None:
         return gray.apply(array), used
@@ -180,7 +182,6 @@ def _windowed(
     gray = replace(gray, voi=voi)
     if not small:
         return gray.apply(array), used
-    table = np.zeros(1 << cells.size, f"u{gray.bits // 8}")
     table[present] = gray.apply(stored)
     return table.take(patterns), used
 
@@ -213,7 +214,8 @@ def _voi(
     anatomy: str | None,
 ) -> tuple[Window | VoiLut | None, str]:
     """The window of a gray frame and its name; None for percentiles."""
-    if choice.kind == "percentile":
+    # A window of a map of fractions is not to be trusted: LINEAR shifts it by half a unit and asks for a width of 1.
+    if choice.kind == "percentile" or layout.keyword != "PixelData":
         return None, ""
     if choice.kind == "fixed" and modality == "CT" and measure.hounsfield:
         entry = choice.fixed_window(anatomy)
