@@ -63,7 +63,7 @@ def whole_number(dataset: Dataset, keyword: str, code: str, default: int | None 
                 raise Rejected(code, f"{keyword} is missing")
             return default
         number = int(value)
-        if number != float(value):
+        if isinstance(value, str | bytes) or number != float(value):
             raise Rejected(code, f"{keyword} cannot be read")
         return number
 
@@ -78,6 +78,8 @@ def numbers(dataset: Dataset, keyword: str, code: str) -> list[float]:
         value = dataset.get(keyword)
         if value is None or value == "":
             return []
+        if isinstance(value, str | bytes):  # of a wrong value representation; a text of digits is a sequence too
+            raise Rejected(code, f"{keyword} cannot be read")
         values = [float(part) for part in value] if hasattr(value, "__iter__") else [float(value)]
     if not all(map(math.isfinite, values)):
         raise Rejected(code, f"{keyword} is not finite")

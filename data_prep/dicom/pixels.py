@@ -67,34 +67,38 @@ def frames(
         bits: of gray images.
         modality: a name of the vocabulary; Hounsfield windows are for `CT` alone.
         anatomy: a name of the vocabulary.
-        regions: boxes (x0, y0, x1, y1), x1 and y1 exclusive; only their common bounding box is looked at and given.
+        regions: boxes (x0, y0, x1, y1), x1 and y1 exclusive; only what lies in them counts and is shown. The image is
+            their common bounding box, 0 between them: what may be written there would otherwise be let out.
 
     Raises:
         Rejected: the file cannot be used; perhaps only after some of its frames were given.
     """
     assert bits in (8, 16)
     layout = read_layout(dataset)
-    crop = _crop(layout, regions)
+    crop, inside = _crop(layout, regions)
     black = layout.photometric == "MONOCHROME1"
     padding = _padding(dataset, layout)
     for number, whole in enumerate(decoded(dataset, layout)):
         array = whole[crop]
         cells = _Cells.of(layout, array.dtype)
         if layout.photometric in COLOUR:
-            yield Frame(number, *_colour(array, layout))
+            pixels, used = _colour(array, layout)
         elif layout.photometric == PALETTE:
             if number == 0:
                 colours = palette_table(dataset, cells.stored(np.arange(1 << cells.size)))
-            yield Frame(number, colours.take(cells.patterns(array), axis=0), "none")
+            pixels, used = colours.take(cells.patterns(array), axis=0), "none"
         elif layout.bits == 1:
             bright = (cells.stored(array.astype(np.int64)) != 0) ^ black
-            yield Frame(number, bright.astype(f"u{bits // 8}") * ((1 << bits) - 1), "none")
+            pixels, used = bright.astype(f"u{bits // 8}") * ((1 << bits) - 1), "none"
         else:
             if number == 0 or "PerFrameFunctionalGroupsSequence" in dataset:
                 measure = read_modality(dataset, number, layout.signed)
-                voi, used = _voi(dataset, number, layout, measure, choice, modality, anatomy)
+                voi, name = _voi(dataset, number, layout, measure, choice, modality, anatomy)
                 gray = _Gray(measure, voi, padding, black, bits)
-            yield Frame(number, *_windowed(array, cells, gray, used, choice.percentiles))
+            pixels, used = _windowed(array, inside, cells, gray, name, choice.percentiles)
+        if inside is not None:
+            pixels = np.where(inside if pixels.ndim == 2 else inside[..., None], pixels, pixels.dtype.type(0))
+        yield Frame(number, pixels, used)
 
 
 @dataclass(frozen=True)
@@ -159,22 +163,28 @@ def _table(cells: _Cells, gray: _Gray) -> np.ndarray:
 
 
 def _windowed(
-    array: np.ndarray, cells: _Cells, gray: _Gray, used: str, percentiles: tuple[float, float]
+    array: np.ndarray,
+    inside: np.ndarray | None,
+    cells: _Cells,
+    gray: _Gray,
+    used: str,
+    percentiles: tuple[float, float],
 ) -> tuple[np.ndarray, str]:
-    """Brightness of a gray frame, and the window used: percentiles where `gray` has none."""
+    """Brightness of a gray frame, and the window used: percentiles of what is `inside` where `gray` has none."""
     small = array.dtype.kind != "f" and cells.size <= 16
     if small:
         patterns = cells.patterns(array)
         if gray.voi is not None:
             return _table(cells, gray).take(patterns), used
-        counts = np.bincount(patterns.ravel())
+        counted = patterns.ravel() if inside is None else patterns[inside]
+        counts = np.bincount(counted, minlength=int(patterns.max()) + 1)
         present = np.flatnonzero(counts)
         table = np.zeros(len(counts), f"u{gray.bits // 8}")
         stored, counts = cells.stored(present), counts[present]
     elif gray.voi is not None:
         return gray.apply(array), used
     else:
-        stored, counts = np.unique(array, return_counts=True)
+        stored, counts = np.unique(array if inside is None else array[inside], return_counts=True)
     real = gray.real(stored)
     voi, used = _range(gray.modality.apply(stored[real].astype(np.float64)), counts[real], percentiles)
     if voi is None:
@@ -250,13 +260,17 @@ def _padding(dataset: Dataset, layout: Layout) -> tuple[float, float] | None:
     return min(ends), max(ends)
 
 
-def _crop(layout: Layout, regions: Sequence[tuple[int, int, int, int]] | None) -> tuple[slice, slice]:
-    """The common bounding box of the regions, as far as it lies in the image."""
+def _crop(
+    layout: Layout, regions: Sequence[tuple[int, int, int, int]] | None
+) -> tuple[tuple[slice, slice], np.ndarray | None]:
+    """The common bounding box of the regions, and what of it lies in them; None for all of it."""
     if not regions:
-        return slice(None), slice(None)
-    x0, y0 = (max(0, min(region[axis] for region in regions)) for axis in (0, 1))
-    x1 = min(layout.columns, max(region[2] for region in regions))
-    y1 = min(layout.rows, max(region[3] for region in regions))
-    if x0 >= x1 or y0 >= y1:
+        return (slice(None), slice(None)), None
+    shown = np.zeros((layout.rows, layout.columns), bool)
+    for x0, y0, x1, y1 in regions:
+        shown[max(0, y0) : max(0, y1), max(0, x0) : max(0, x1)] = True
+    rows, columns = np.flatnonzero(shown.any(axis=1)), np.flatnonzero(shown.any(axis=0))
+    if not len(rows):
         raise Rejected("bad_pixel_header", "the regions lie outside of the image")
-    return slice(y0, y1), slice(x0, x1)
+    crop = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+    return crop, None if shown[crop].all() else shown[crop]

@@ -202,13 +202,25 @@ def test_each_frame_has_its_own_window_and_rescale() -> None:
     assert [frame.window for frame in taken(dataset)] == ["stored:1/1000"] * 2
 
 
-def test_the_statistics_are_those_of_the_regions() -> None:
+def test_only_the_regions_count_and_are_shown() -> None:
     values = ramp()
     values[0] = 65535
-    (frame,) = taken(made(values), regions=[(5, 10, 20, 30), (2, 12, 9, 40)])
-    (alone,) = taken(made(np.ascontiguousarray(values[10:40, 2:20])))
+    (frame,) = taken(made(values), regions=[(5, 10, 20, 30), (5, 30, 20, 40)])
+    (alone,) = taken(made(np.ascontiguousarray(values[10:40, 5:20])))
     np.testing.assert_array_equal(frame.pixels, alone.pixels)
     assert frame.pixels.flags.c_contiguous
+    # Two regions with a banner between them, in gray and in colour.
+    values[20:30] = 65535
+    (apart,) = taken(made(values), regions=[(5, 10, 20, 20), (5, 30, 20, 40)])
+    (joined,) = taken(made(np.concatenate([values[10:20, 5:20], values[30:40, 5:20]])))
+    np.testing.assert_array_equal(apart.pixels[:10], joined.pixels[:10])
+    np.testing.assert_array_equal(apart.pixels[20:], joined.pixels[10:])
+    assert apart.pixels.shape == (30, 15)
+    assert not apart.pixels[10:20].any()
+    colour = made(np.full((64, 192), 200, "u1"), bits=8, Columns=64, SamplesPerPixel=3, PlanarConfiguration=0)
+    colour.PhotometricInterpretation = "RGB"
+    (apart,) = taken(colour, regions=[(5, 10, 20, 20), (5, 30, 20, 40)])
+    assert apart.pixels.any(axis=(1, 2)).tolist() == [True] * 10 + [False] * 10 + [True] * 10
     with pytest.raises(Rejected):
         taken(made(values), regions=[(64, 0, 90, 9)])
 
@@ -238,7 +250,9 @@ SECRET = "Jane^Doe"
         (lambda d: setattr(d, "WindowWidth", 0.5), "bad_window"),
         (lambda d: delattr(d, "WindowWidth"), "bad_window"),
         (lambda d: d.add_new("WindowCenter", "LO", SECRET), "bad_window"),
-        (lambda d: d.add_new("WindowCenter", "LO", "nan"), "bad_window"),
+        (lambda d: d.add_new("WindowCenter", "LO", "40"), "bad_window"),
+        (lambda d: d.add_new("WindowCenter", "UN", b"40"), "bad_window"),
+        (lambda d: setattr(d, "WindowCenter", float("inf")), "bad_window"),
         (lambda d: d.add_new("VOILUTFunction", "LO", SECRET), "bad_window"),
         (lambda d: d.add_new("VOILUTSequence", "LO", SECRET), "bad_window"),
         (lambda d: setattr(d, "RescaleSlope", 0), "bad_window"),
@@ -322,6 +336,31 @@ def test_the_colours_of_lossy_jpeg_are_right_whatever_the_header_says(mode: str,
     truth = {"YCbCr": "YBR_FULL_422", "RGB": "RGB", "RGB420": "YBR_FULL_422"}[mode]
     right = marker or mode == "RGB420" or said == truth
     assert (np.abs(frame.pixels.astype(int) - (200, 30, 60)).max() <= 3) == right
+
+
+def test_subsampled_native_colour_becomes_rgb() -> None:
+    """Y1 Y2 Cb Cr for two pixels (PS3.3 C.7.6.3.1.2): here both of pure red."""
+    dataset = made(np.tile(np.array([76, 76, 85, 255], "u1"), (4, 2)), bits=8, PlanarConfiguration=0)
+    dataset.Columns, dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 4, 3, "YBR_FULL_422"
+    (frame,) = taken(dataset)
+    assert frame.pixels.reshape(-1, 3).tolist() == [[254, 0, 0]] * 16
+
+
+def test_gray_lossy_jpeg_is_decoded_and_windowed() -> None:
+    values = np.tile(np.arange(0, 256, 8, dtype="u1"), (32, 1))
+    buffer = io.BytesIO()
+    Image.fromarray(values).save(buffer, "JPEG", quality=100)
+    dataset = made(values, bits=8, syntax=pydicom.uid.JPEGBaseline8Bit, WindowCenter=128, WindowWidth=256)
+    for data, right in ((buffer.getvalue(), True), (buffer.getvalue()[:-60], False), (buffer.getvalue()[:-2], False)):
+        dataset.PixelData = encapsulate([data])
+        if right:
+            assert np.abs(taken(dataset)[0].pixels.astype(int) - values).max() <= 2
+        else:
+            with pytest.raises(Rejected, match="ends early"):
+                taken(dataset)
+    dataset.PixelData, dataset.Rows = encapsulate([buffer.getvalue()]), 31
+    with pytest.raises(Rejected, match="another size"):
+        taken(dataset)
 
 
 def test_a_segmented_palette_is_that_of_its_plain_copy() -> None:
