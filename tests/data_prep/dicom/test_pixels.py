@@ -251,7 +251,7 @@ SECRET = "Jane^Doe"
         (lambda d: delattr(d, "WindowWidth"), "bad_window"),
         (lambda d: d.add_new("WindowCenter", "LO", SECRET), "bad_window"),
         (lambda d: d.add_new("WindowCenter", "LO", "40"), "bad_window"),
-        (lambda d: d.add_new("WindowCenter", "UN", b"40"), "bad_window"),
+        (lambda d: d.add_new("WindowCenter", "UN", SECRET.encode()), "bad_window"),
         (lambda d: setattr(d, "WindowCenter", float("inf")), "bad_window"),
         (lambda d: d.add_new("VOILUTFunction", "LO", SECRET), "bad_window"),
         (lambda d: d.add_new("VOILUTSequence", "LO", SECRET), "bad_window"),
