@@ -8,6 +8,9 @@ REASONS: dict[str, str] = {
     "archive_nested": "the file is a zip archive inside a zip archive",
     "archive_unreadable": "the zip archive, or its compression, cannot be read",
     "bad_header": "the DICOM header makes no sense",
+    "bad_pixel_data": "the pixel data are damaged or do not fit the header",
+    "bad_pixel_header": "the attributes that describe the pixels are missing or contradict each other",
+    "bad_window": "the rescale, the window or the look-up table of the file cannot be used",
     "burned_in": "the header says that text is burned into the pixels",
     "burned_in_unknown": "this kind of image often shows text, and the header does not say that this one has none",
     "converted": "the pixels were scanned, captured or made by a workstation (ConversionType)",
@@ -19,6 +22,7 @@ REASONS: dict[str, str] = {
     "empty": "the file has no bytes",
     "file_too_large": "the file has more than 2 GiB",
     "missing": "the file is not on disk",
+    "no_pixels": "the file holds no pixel data",
     "no_sop_class": "the DICOM file does not say what it holds (no SOP class)",
     "not_an_image": "the file is no image of a known format",
     "not_an_image_object": "the DICOM object is no image of a kind that is used",
@@ -32,6 +36,7 @@ REASONS: dict[str, str] = {
     "ultrasound_uncropped": "the ultrasound image cannot be cropped to its scan regions",
     "unreadable": "the file could not be read from disk",
     "unsupported_mode": "the pixels cannot be kept as 8- or 16-bit gray or 8-bit RGB",
+    "unsupported_transfer_syntax": "the pixel data are encoded in a way that cannot be decoded",
 }
 
 
