@@ -74,9 +74,10 @@ def near(phashes: np.ndarray, distance: int = DISTANCE) -> Copies:
 
     Rows without a hash (flat images, images that were not decoded) have no near copies.
 
-    What a distance finds (JPEG quality 30 to 95, sizes from a third to double, brightness, gamma), and how many
-    pairs of different images it takes for copies, on 1,678 retinal photographs of 224 pixels: 0 finds 72 % with 1 false
-    pair, 2 finds 97 % with 14, 4 finds 99.7 % with 203. Hence 2. False pairs grow with the square of the images.
+    What a distance finds of re-encoded copies (JPEG quality 30 to 95, sizes from a third to double, brightness, gamma)
+    and what it takes for copies by mistake, on 1,678 retinal photographs of 224 pixels: 0 bits 73 % and
+    1 pair of images, 2 bits 98 % and 20 pairs, 4 bits 99.9 % and 224. On 6,000 CT, MR and X-ray images of 64 pixels
+    it finds 68, 92 and 97 %. Hence 2. False pairs grow with the square of the number of images.
 
     Hashes within distance d that are cut into d + c blocks agree in at least c blocks, so a sort by each choice of c
     blocks brings them together (Manku, Jain and Das Sarma, WWW 2007).
