@@ -54,7 +54,7 @@ _INDEX_FIELDS = [
     pa.field("frame", pa.int32()),
     # What finds the same image twice: see fingerprint.py
     pa.field("digest", pa.binary(16), nullable=False),
-    pa.field("phash", pa.uint64()),
+    pa.field("phash", pa.uint64(), nullable=False),
 ]
 # What training and evaluation read; the rest is for verify and for people.
 _READ = [field.name for field in _INDEX_FIELDS[:11]]

@@ -101,7 +101,7 @@ def prepare(kind: Kind, out: str | Path, options: Options, running: Running) -> 
         "append": running.append,
         **kind.options(),
         **kind.request(),
-        **{name: getattr(options, name) for name in ("seed", "shard_size", "duplicates", "drop_duplicates")},
+        **{name: getattr(options, name) for name in ("seed", "shard_size")},
         "split": None if options.split is None else dict(options.split),
     }
     with _writable(staging), staging.enter(running.part), open_engine(running.workers, running.cluster) as engine:

@@ -116,6 +116,24 @@ def read_header(file: BinaryIO, keywords: Iterable[str] | None = None) -> Datase
         raise Rejected("bad_header") from None
 
 
+def read_whole(data: bytes) -> Dataset:
+    """Read a whole file, pixel data included, by the rules of `read_header`.
+
+    Raises:
+        Rejected: as `read_header`.
+    """
+    if not data:
+        raise Rejected("empty")
+    force = data[128:132] != b"DICM"
+    if force and not _begins_like_a_dataset(data[:FIRST_READ]):
+        raise Rejected("not_dicom")
+    try:
+        with silenced():
+            return pydicom.dcmread(io.BytesIO(data), force=force)
+    except PARSE_ERRORS:
+        raise Rejected("bad_header") from None
+
+
 def _parse(file: BinaryIO, tags: list[BaseTag] | None, force: bool) -> Dataset:
     with silenced():
         return pydicom.dcmread(file, stop_before_pixels=True, force=force, specific_tags=tags)

@@ -22,7 +22,7 @@ from data_prep.columns import Words
 from data_prep.dataset import QUARANTINE_SCHEMA
 from data_prep.dataset_info import Deidentification
 from data_prep.dicom.anatomy import AnatomyTable, load_table, locate, modality_id
-from data_prep.dicom.gate import Region, gate
+from data_prep.dicom.gate import gate
 from data_prep.dicom.header import read_whole, silenced
 from data_prep.dicom.pixels import frames
 from data_prep.dicom.profile import Profile, load_profile
@@ -101,7 +101,7 @@ class DicomReader:
                 )
                 pictures = []
                 for frame in found:
-                    pixels = frame.pixels if regions is None else _blackened(frame.pixels, regions)
+                    pixels = frame.pixels
                     if pixels.ndim == 3 and self.bits == 16:
                         raise Rejected("unsupported_mode", "colour in a dataset of 16-bit gray images")
                     about = {**describe(dataset, rules.profile, frame.number), "Window": frame.window}
@@ -117,21 +117,6 @@ class DicomReader:
         if len(pictures) == 1:
             return (pictures[0]._replace(frame=None),)
         return pictures
-
-
-def _blackened(pixels: np.ndarray, regions: tuple[Region, ...]) -> np.ndarray:
-    """Pixels cut to the regions' common box, with all between the regions black: a banner may lie there."""
-    if len(regions) == 1:
-        return pixels
-    left, top = max(0, min(region.left for region in regions)), max(0, min(region.top for region in regions))
-    result = np.zeros_like(pixels)
-    for region in regions:
-        place = (
-            slice(max(0, region.top - top), max(0, region.bottom - top)),
-            slice(max(0, region.left - left), max(0, region.right - left)),
-        )
-        result[place] = pixels[place]
-    return result
 
 
 @dataclass(frozen=True)
