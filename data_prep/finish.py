@@ -28,7 +28,6 @@ from data_prep.staging import LINKS, Staging
 from data_prep.work import Tally, key_of
 
 
-
 def finish(
     staging: Staging,
     plan: PlanFile,

@@ -113,6 +113,24 @@ def from_bytes(data: bytes, resize: int | None = None, decode: bool = True, meas
     )
 
 
+def decoded(data: bytes) -> Image.Image:
+    """The pixels of an image file, upright, as mode L, RGB or I;16: for callers that make another picture of them.
+
+    Raises:
+        Rejected: the image cannot be used, with its reason.
+    """
+    if not data:
+        raise Rejected("empty")
+    if is_jpeg(data):
+        stripped = strip_jpeg(data)
+    elif is_png(data):
+        stripped = strip_png(data)
+    else:
+        return _decoded(data)
+    image = _decoded(stripped.data)
+    return image if stripped.orientation == 1 else image.transpose(_UPRIGHT[stripped.orientation])
+
+
 def from_array(
     array: np.ndarray, resize: int | None = None, measure: bool = False, extension: Extension = "png"
 ) -> Sample:

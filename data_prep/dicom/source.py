@@ -263,13 +263,13 @@ def scan_chunk(rules: Rules, chunk: tuple[int, list[bytes]]) -> pa.Table:
             with opened(rules.root, name) as file:
                 found = scan(file, name, _pseudonyms(rules.key_file), rules.profile, rules.table, rules.reviewed)
         except ScanRejected as reason:
-            row |= {**vars(reason.identity), "reason": reason.code, "message": reason.message}
+            row |= {**reason.identity._asdict(), "reason": reason.code, "message": reason.message}
         except Rejected as reason:
             row |= {"reason": reason.code, "message": reason.message}
         else:
             source = UNKNOWN if found.anatomy_source is None else ANATOMY_SOURCES.index(found.anatomy_source)
             row |= {
-                **vars(found.identity),
+                **found.identity._asdict(),
                 "frames": found.frames,
                 "modality": found.modality,
                 "anatomy": found.anatomy,
