@@ -47,13 +47,14 @@ def fingerprint(image: Image.Image) -> Fingerprint:
     thin = image.resize((THIN_SIDE, THIN_SIDE), Image.Resampling.NEAREST)
     mode, pixels = image.mode, b""
     if mode == "RGB":
-        if _looks_gray(thin):  # a few pixels, so that colour pays nothing for the question
+        green = thin.getchannel(1).tobytes()
+        thin = thin.convert("L")
+        if thin.tobytes() == green:  # so that colour pays little for the question
             red, green, blue = (channel.tobytes() for channel in image.split())
             if red == green == blue:
                 mode, pixels = "L", red
-        thin = thin.convert("L")
     digest = _hashed(mode, image.size, pixels or image.tobytes())
-    return Fingerprint(digest, _phash(np.asarray(thin)))
+    return Fingerprint(digest, _phash(np.frombuffer(thin.tobytes(), "<u2" if mode == "I;16" else np.uint8)))
 
 
 def fingerprint_of_file(data: bytes) -> Fingerprint:
@@ -67,14 +68,10 @@ def _hashed(kind: str, size: tuple[int, int], data: bytes) -> bytes:
     return hasher.digest()
 
 
-def _looks_gray(thin: Image.Image) -> bool:
-    values = np.asarray(thin)[::8]
-    return bool((values == values[..., :1]).all())
-
-
 def _phash(thin: np.ndarray) -> int:
-    """The hash of (128, 128), uint8 or uint16."""
-    spectrum = (_COSINES @ thin.astype(np.float64) @ _COSINES.T).ravel()
+    """The hash of (128 * 128,) values."""
+    square = thin.reshape(THIN_SIDE, THIN_SIDE).astype(np.float64)
+    spectrum = (_COSINES @ square @ _COSINES.T).ravel()
     waves = spectrum[1:]  # without the mean brightness
     if waves @ waves < (FLAT * _UNIT) ** 2:
         return NO_PHASH
