@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 import xxhash
-from PIL import Image
 
+_LUMA = np.array([19595, 38470, 7471], np.int64)  # of 65,536: ITU-R BT.601, rounded as Pillow does
 NO_PHASH = 0  # no real hash is 0: half of the 64 coefficients lie above their median
 THIN_SIDE = 128
 # An image whose lowest spatial frequencies together have an amplitude below this many gray levels is flat.
@@ -32,8 +32,8 @@ class Fingerprint(NamedTuple):
     phash: int
 
 
-def fingerprint(image: Image.Image) -> Fingerprint:
-    """The fingerprint of an image of mode L, RGB or I;16.
+def fingerprint(values: np.ndarray) -> Fingerprint:
+    """The fingerprint of decoded pixels.
 
     The digest (XXH3, 128 bits; no proof against forgery) covers depth, size and pixels. Container, compression and
     metadata are no part of it, and RGB with three equal channels counts as gray. A JPEG's pixels are what libjpeg-turbo
@@ -42,19 +42,40 @@ def fingerprint(image: Image.Image) -> Fingerprint:
     The perceptual hash is ImageHash's `phash`: which of the 8x8 lowest cosine frequencies lie above their median. Here
     the image is thinned to 128x128 pixels, not averaged to 32x32: it costs a tenth, and the low frequencies average.
     Mirrored, turned and cropped copies have other hashes. The distance between two hashes is nearly always even.
+
+    Args:
+        values: (height, width) uint8 or uint16, or (height, width, 3) uint8, C-contiguous.
     """
-    assert image.mode in ("L", "RGB", "I;16"), image.mode
-    thin = image.resize((THIN_SIDE, THIN_SIDE), Image.Resampling.NEAREST)
-    mode, pixels = image.mode, b""
-    if mode == "RGB":
-        green = thin.getchannel(1).tobytes()
-        thin = thin.convert("L")
-        if thin.tobytes() == green:  # so that colour pays little for the question
-            red, green, blue = (channel.tobytes() for channel in image.split())
-            if red == green == blue:
-                mode, pixels = "L", red
-    digest = _hashed(mode, image.size, pixels or image.tobytes())
-    return Fingerprint(digest, _phash(np.frombuffer(thin.tobytes(), "<u2" if mode == "I;16" else np.uint8)))
+    thin = _thinned(values)
+    if values.ndim == 3:
+        if _is_gray(thin) and _is_gray(values):  # so that colour pays little for the question
+            values = np.ascontiguousarray(values[..., 0])
+        thin = (thin @ _LUMA + 0x8000) >> 16
+    return Fingerprint(_digest(values), _phash(thin))
+
+
+def perceptual_hash(values: np.ndarray) -> int:
+    """`fingerprint(values).phash` alone."""
+    thin = _thinned(values)
+    return _phash(thin if thin.ndim == 2 else (thin @ _LUMA + 0x8000) >> 16)
+
+
+def _thinned(values: np.ndarray) -> np.ndarray:
+    """128 x 128 pixels, each the one under the centre of its cell."""
+    rows, columns = (
+        ((2 * np.arange(THIN_SIDE) + 1) * side // (2 * THIN_SIDE)).astype(np.intp) for side in values.shape[:2]
+    )
+    return values[rows[:, None], columns]
+
+
+def _is_gray(values: np.ndarray) -> bool:
+    """Whether the three channels are equal everywhere."""
+    return bool((values[..., 0] == values[..., 1]).all() and (values[..., 1] == values[..., 2]).all())
+
+
+def _digest(values: np.ndarray) -> bytes:
+    kind = "I;16" if values.dtype == np.uint16 else "L" if values.ndim == 2 else "RGB"
+    return _hashed(kind, (values.shape[1], values.shape[0]), memoryview(np.ascontiguousarray(values)).cast("B"))
 
 
 def fingerprint_of_file(data: bytes) -> Fingerprint:
@@ -62,15 +83,15 @@ def fingerprint_of_file(data: bytes) -> Fingerprint:
     return Fingerprint(_hashed("file", (0, 0), data), NO_PHASH)
 
 
-def _hashed(kind: str, size: tuple[int, int], data: bytes) -> bytes:
+def _hashed(kind: str, size: tuple[int, int], data: bytes | memoryview) -> bytes:
     hasher = xxhash.xxh3_128(struct.pack("<4sII", kind.encode(), *size))
     hasher.update(data)
     return hasher.digest()
 
 
 def _phash(thin: np.ndarray) -> int:
-    """The hash of (128 * 128,) values."""
-    square = thin.reshape(THIN_SIDE, THIN_SIDE).astype(np.float64)
+    """The hash of (128, 128) values."""
+    square = thin.astype(np.float64)
     spectrum = (_COSINES @ square @ _COSINES.T).ravel()
     waves = spectrum[1:]  # without the mean brightness
     if waves @ waves < (FLAT * _UNIT) ** 2:

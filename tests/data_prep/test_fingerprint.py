@@ -11,11 +11,16 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from data_prep.fingerprint import NO_PHASH, fingerprint, fingerprint_of_file
+from data_prep.fingerprint import NO_PHASH, Fingerprint, fingerprint_of_file
+from data_prep.fingerprint import fingerprint as fingerprint_of_pixels
 from data_prep.samples import from_array, from_bytes, from_image
 
 Draw = Callable[..., bytes]
 RESAMPLING = Image.Resampling
+
+
+def fingerprint(image: Image.Image) -> Fingerprint:
+    return fingerprint_of_pixels(np.asarray(image))
 
 
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
