@@ -26,7 +26,7 @@ from pydicom.charset import decode_bytes, python_encoding
 from pydicom.datadict import dictionary_VR, tag_for_keyword
 from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
-from pydicom.errors import InvalidDicomError
+from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.multival import MultiValue
 from pydicom.sequence import Sequence as DicomSequence
 from pydicom.tag import BaseTag
@@ -37,6 +37,7 @@ from data_prep.quarantine import Rejected
 PARSE_ERRORS = (
     AssertionError,
     AttributeError,
+    BytesLengthException,
     EOFError,
     InvalidDicomError,
     LookupError,
@@ -103,13 +104,13 @@ def read_header(file: BinaryIO, keywords: Iterable[str] | None = None) -> Datase
             dataset = _parse(buffer, tags, force)
             if whole or buffer.tell() < len(start):
                 return dataset
-        except PARSE_ERRORS:
+        except (*PARSE_ERRORS, OSError):
             if whole:
                 raise
         file.seek(0)
         return _parse(file, tags, force)
-    except OSError:
-        raise Rejected("unreadable") from None
+    except OSError as error:  # without a number it is pydicom's own, on what it reads
+        raise Rejected("bad_header" if error.errno is None else "unreadable") from None
     except (zipfile.BadZipFile, LZMAError):  # the file is a member of a damaged archive
         raise Rejected("corrupt") from None
     except PARSE_ERRORS:
@@ -153,10 +154,7 @@ def _begins_like_a_dataset(start: bytes) -> bool:
 
 def element(dataset: Dataset, keyword: str) -> Any:
     """The element as it stands, raw where pydicom has not converted it, or None."""
-    try:
-        return dataset.get_item(tag(keyword))
-    except KeyError:
-        return None
+    return dataset.get_item(tag(keyword), keep_deferred=True)  # else pydicom converts what is empty
 
 
 def texts(dataset: Dataset, keyword: str) -> list[str]:
@@ -220,7 +218,7 @@ def items(dataset: Dataset, keyword: str) -> list[Dataset]:
         with silenced():
             value = dataset[tag(keyword)].value
             return list(value) if isinstance(value, DicomSequence) else []
-    except PARSE_ERRORS:
+    except (*PARSE_ERRORS, OSError):  # the bytes are in memory, so no disk has failed
         return []
 
 

@@ -75,6 +75,9 @@ class ScanRejected(Rejected):
         super().__init__(code, detail)
         self.identity = identity
 
+    def __reduce__(self) -> tuple[type[ScanRejected], tuple[str, str, Identity]]:
+        return ScanRejected, (self.code, self.detail, self.identity)
+
 
 def scan(
     file: BinaryIO | bytes,

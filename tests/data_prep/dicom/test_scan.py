@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 
 import pydicom
 import pytest
@@ -73,7 +74,7 @@ def test_a_refused_file_still_says_whose_it_is_and_a_review_lets_it_in(make, enc
     data = encode(make(BurnedInAnnotation="YES"))
     with pytest.raises(ScanRejected) as caught:
         scan(data, b"", pseudonyms, strict)
-    identity = caught.value.identity
+    identity = pickle.loads(pickle.dumps(caught.value)).identity
     assert (identity.patient, identity.instance) == (pseudonyms.patient("A-1"), pseudonyms.instance("1.2.3.4"))
     assert scan(data, b"", pseudonyms, strict, reviewed=frozenset([identity.instance])).identity == identity
 
@@ -93,16 +94,16 @@ def test_damaged_files_are_accepted_or_refused_and_nothing_else(rng, pseudonyms)
     profile = load_profile("strict_demographics")
     seeds = [plant(n, kind, syntax=SYNTAXES[n % 4]).data for n, kind in enumerate(("CT", "enhanced MR", "US", "SR"))]
     described = 0
-    for _ in range(400):
+    for _ in range(800):
         data = bytearray(rng.choice(seeds))
         for _ in range(rng.choice((1, 4, 40))):
             at = rng.randrange(128, len(data))
             data[at] = rng.choice((0, 0xFF, 0x5C, 0x1B, rng.randrange(256)))
-        if rng.random() < 0.3:
-            del data[rng.randrange(132, len(data)) :]
         if rng.random() < 0.2:
             at = rng.randrange(132, len(data))
             data[at:at] = data[at : at + 50]
+        if rng.random() < 0.3:
+            del data[rng.randrange(132, len(data)) :]
         try:
             scan(bytes(data), b"", pseudonyms, profile)
         except ScanRejected as reason:
@@ -110,11 +111,11 @@ def test_damaged_files_are_accepted_or_refused_and_nothing_else(rng, pseudonyms)
         try:
             with silenced():
                 dataset = pydicom.dcmread(io.BytesIO(data), force=True)
-        except PARSE_ERRORS:
+        except (*PARSE_ERRORS, OSError):
             continue
         json.dumps(describe(dataset, profile, frame=rng.randrange(3)), allow_nan=False)
         described += 1
-    assert described > 100
+    assert described > 200
 
 
 def test_real_files_are_named_precisely(real_data, pseudonyms, strict):

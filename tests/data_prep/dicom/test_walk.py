@@ -76,6 +76,24 @@ def test_damaged_encrypted_and_oversized_members_are_set_aside_by_name(tmp_path,
     assert reason(tmp_path, b"x.zip\0c") == "file_too_large"
 
 
+def test_a_damaged_archive_only_sets_files_aside(tmp_path, rng):
+    """Flipped and cut bytes: only Rejected may come out."""
+    whole = archive({f"study/IM{number}": bytes([number]) * 300 for number in range(4)})
+    read_again = 0
+    for trial in range(200):
+        data = bytearray(whole)
+        for _ in range(rng.choice((1, 3, 20))):
+            data[rng.randrange(4, len(data))] = rng.randrange(256)
+        path = tmp_path / f"{trial}.zip"
+        path.write_bytes(data[: rng.randrange(4, len(data))] if rng.random() < 0.2 else data)
+        for name in walk(path):
+            try:
+                read_again += len(read(path, name)) == 300
+            except Rejected as reason:
+                assert reason.message  # noqa: PT017
+    assert read_again > 50
+
+
 def test_a_dicom_file_whose_preamble_says_zip_is_dicom(tmp_path, make, encode):
     data = b"PK\3\4" + encode(make())[4:] + archive({"x": b"1"})
     (tmp_path / "both").write_bytes(data)
