@@ -75,7 +75,7 @@ def _is_gray(values: np.ndarray) -> bool:
 
 def _digest(values: np.ndarray) -> bytes:
     kind = "I;16" if values.dtype == np.uint16 else "L" if values.ndim == 2 else "RGB"
-    return _hashed(kind, (values.shape[1], values.shape[0]), memoryview(np.ascontiguousarray(values)).cast("B"))
+    return _hashed(kind, (values.shape[1], values.shape[0]), np.ascontiguousarray(values).data.cast("B"))
 
 
 def fingerprint_of_file(data: bytes) -> Fingerprint:

@@ -131,7 +131,7 @@ def read_whole(data: bytes) -> Dataset:
     try:
         with silenced():
             return pydicom.dcmread(io.BytesIO(data), force=force)
-    except PARSE_ERRORS:
+    except (*PARSE_ERRORS, OSError):
         raise Rejected("bad_header") from None
 
 
