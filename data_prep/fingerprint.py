@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
-_LUMA = np.array([19595, 38470, 7471], np.int64)  # of 65,536: ITU-R BT.601, rounded as Pillow does
+_LUMA = np.array([19595, 38470, 7471], np.float32)  # of 65,536: ITU-R BT.601, rounded as Pillow does
 NO_PHASH = 0  # no real hash is 0: half of the 64 coefficients lie above their median
 THIN_SIDE = 128
 # An image whose lowest spatial frequencies together have an amplitude below this many gray levels is flat.
@@ -50,14 +50,14 @@ def fingerprint(values: np.ndarray) -> Fingerprint:
     if values.ndim == 3:
         if _is_gray(thin) and _is_gray(values):  # so that colour pays little for the question
             values = np.ascontiguousarray(values[..., 0])
-        thin = (thin @ _LUMA + 0x8000) >> 16
+        thin = _luma(thin)
     return Fingerprint(_digest(values), _phash(thin))
 
 
 def perceptual_hash(values: np.ndarray) -> int:
     """`fingerprint(values).phash` alone."""
     thin = _thinned(values)
-    return _phash(thin if thin.ndim == 2 else (thin @ _LUMA + 0x8000) >> 16)
+    return _phash(thin if thin.ndim == 2 else _luma(thin))
 
 
 def _thinned(values: np.ndarray) -> np.ndarray:
@@ -65,7 +65,12 @@ def _thinned(values: np.ndarray) -> np.ndarray:
     rows, columns = (
         ((2 * np.arange(THIN_SIDE) + 1) * side // (2 * THIN_SIDE)).astype(np.intp) for side in values.shape[:2]
     )
-    return values[rows[:, None], columns]
+    return values[rows].take(columns, axis=1)  # in two steps: a third of the time of one
+
+
+def _luma(values: np.ndarray) -> np.ndarray:
+    # All sums stay below 2**24, where float32 counts in ones.
+    return (values.astype(np.float32) @ _LUMA + 0x8000).astype(np.int32) >> 16
 
 
 def _is_gray(values: np.ndarray) -> bool:
