@@ -4,12 +4,19 @@ from __future__ import annotations
 
 REASONS: dict[str, str] = {
     "animated": "the file holds more than one frame or page",
+    "blurred": "the photograph is out of focus",
     "corrupt": "the file is damaged",
     "dicom": "the file is DICOM: use 'medpretrain prep dicom'",
     "empty": "the file has no bytes",
+    "field_cut": "the frame cuts too much of the field of view",
+    "no_colour": "the image has no colour, so it is no colour photograph of a retina",
+    "no_field_of_view": "no disc of a retinal photograph was found",
     "not_an_image": "the file is no image of a known format",
+    "too_bright": "the photograph is overexposed",
+    "too_dark": "the photograph is too dark",
     "too_large": "the image has more pixels than the decoder's limit",
     "truncated": "the file ends before the image does",
+    "uneven_illumination": "too much of the field of view is too dark or overexposed",
     "unreadable": "the file could not be read from disk",
     "unsupported_mode": "the pixels cannot be kept as 8- or 16-bit gray or 8-bit RGB",
 }
