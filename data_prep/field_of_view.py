@@ -1,7 +1,7 @@
 """Where the retina is in a photograph: the disc that the camera's aperture leaves, found as an axis-aligned ellipse.
 
-It is looked for on a copy of `FIND_SIDE` pixels. The border may be any dark colour, or a page's white around a dark one;
-the disc may be cut by the frame, and partly in the dark.
+It is looked for on a copy of `FIND_SIDE` pixels. The border may be any dark colour, or a page's white around a dark
+one; the disc may be cut by the frame, and partly in the dark.
 """
 
 from __future__ import annotations
@@ -63,6 +63,8 @@ def find_field(image: Image.Image) -> Field:
         light[flat] = light[~flat].min()
     light = ndimage.uniform_filter(light, 3)
     dark = _border_level(light)
+    if flat is None and dark > 0.5 * float(np.percentile(light, 90)) and dark > 2 * DARK:
+        return Field((0, 0, image.width, image.height), None)  # the corners are retina too
     best: tuple[float, Ellipse] | None = None
     for step in _STEPS:
         component = _largest(light > dark + step)
@@ -81,7 +83,7 @@ def find_field(image: Image.Image) -> Field:
             break
     if best is None or best[0] < 0.25:
         raise Rejected("too_dark" if float(np.percentile(light, 99)) < 2 * DARK else "no_field_of_view")
-    x, y, a, b = best[1]
+    x, y, a, b = _refined(light, best[1])
     # Pixel (0, 0) of the small copy has its centre at 0.5.
     disc = Ellipse((x + 0.5) * scale_x, (y + 0.5) * scale_y, (a - _MARGIN) * scale_x, (b - _MARGIN) * scale_y)
     return Field((0, 0, image.width, image.height), disc)
@@ -103,7 +105,8 @@ def _flat_frame(values: np.ndarray) -> np.ndarray | None:
         for columns in (slice(0, 3), slice(-3, None)):
             corner = values[rows, columns].reshape(-1, 3)
             colour = np.median(corner, axis=0)
-            if colour.max() < _BRIGHT_FRAME or np.abs(corner - colour).max() > _FLAT or flat[rows, columns].all():
+            retinal = colour[0] > colour[2] + 30  # warm colours are the field itself, reaching into the corner
+            if colour.max() < _BRIGHT_FRAME or retinal or np.abs(corner - colour).max() > _FLAT:
                 continue
             parts, _ = ndimage.label(np.abs(values - colour).max(axis=2) <= _FLAT)
             flat |= parts == parts[rows, columns][1, 1]
@@ -230,19 +233,31 @@ def ellipse_mask(ellipse: Ellipse, shape: tuple[int, ...]) -> np.ndarray:
     return np.asarray(y[:, None] + x[None, :] <= 1)
 
 
+def _across(light: np.ndarray, ellipse: Ellipse) -> np.ndarray:
+    """(n, 9) brightness from 4 pixels inside the ellipse to 4 outside, at the angles where the frame shows both."""
+    angles = np.arange(_RAYS) * (2 * np.pi / _RAYS)
+    offsets = np.arange(-4, 5)
+    column = np.rint(ellipse.x + np.outer(np.cos(angles), ellipse.a + offsets)).astype(np.intp)
+    row = np.rint(ellipse.y + np.outer(np.sin(angles), ellipse.b + offsets)).astype(np.intp)
+    there = (column >= 0) & (column < light.shape[1]) & (row >= 0) & (row < light.shape[0])
+    shown = there.all(axis=1)
+    return np.asarray(light[row[shown], column[shown]])
+
+
 def _edge_strength(light: np.ndarray, ellipse: Ellipse) -> float:
     """How much brighter it is just inside than just outside, 0 to 1, over what the frame shows of the ellipse."""
-    angles = np.arange(_RAYS) * (2 * np.pi / _RAYS)
-    samples = []
-    visible = np.ones(_RAYS, bool)
-    for offset in (-4.0, 4.0):
-        column = np.rint(ellipse.x + np.cos(angles) * (ellipse.a + offset)).astype(np.intp)
-        row = np.rint(ellipse.y + np.sin(angles) * (ellipse.b + offset)).astype(np.intp)
-        visible &= (column >= 0) & (column < light.shape[1]) & (row >= 0) & (row < light.shape[0])
-        samples.append(light[row.clip(0, light.shape[0] - 1), column.clip(0, light.shape[1] - 1)])
-    if visible.sum() < 8:
-        return 0.0
-    return float(np.clip((samples[0] - samples[1])[visible] / 12, 0, 1).mean())
+    across = _across(light, ellipse)
+    return float(np.clip((across[:, 0] - across[:, -1]) / 12, 0, 1).mean()) if len(across) >= 8 else 0.0
+
+
+def _refined(light: np.ndarray, ellipse: Ellipse) -> Ellipse:
+    """The ellipse half way between the brightness inside and outside: a low step lies outside a bright edge."""
+    across = _across(light, ellipse)
+    profile = across[across[:, 0] - across[:, -1] > 4].mean(axis=0)
+    middle = (profile[0] + profile[-1]) / 2
+    below = int((profile < middle).argmax())
+    shift = below - 4 - (middle - profile[below]) / (profile[below - 1] - profile[below])
+    return Ellipse(ellipse.x, ellipse.y, ellipse.a + shift, ellipse.b + shift)
 
 
 def covered_share(disc: Ellipse, frame: tuple[int, int, int, int]) -> float:

@@ -1,9 +1,10 @@
 """RadImageNet as published: three CSV files, and images whose folders say modality, region and class.
 
 Source: Mei et al. 2022, Radiology: Artificial Intelligence 4(5), e210315, and the data as distributed. The files are
-`RadiologyAI_{train,val,test}.csv` with the columns `filename,label`; the images `radiology_ai/MOD/REGION/CLASS/NAME.png`
-for CT and MR, `radiology_ai/US/CLASS/NAME.png` for ultrasound. Nothing is read of the images: one that is listed and not
-there is found when it is packed. All columns are Arrow or numpy arrays, so 1.35 million rows cost little memory.
+`RadiologyAI_{train,val,test}.csv` with the columns `filename,label`; the images are
+`radiology_ai/MOD/REGION/CLASS/NAME.png` for CT and MR, `radiology_ai/US/CLASS/NAME.png` for ultrasound. Nothing is read
+of the images: one that is listed and not there is found when it is packed. All columns are Arrow or numpy arrays, so
+1.35 million rows cost little memory.
 """
 
 from __future__ import annotations
@@ -173,7 +174,7 @@ def _folders(name: pa.LargeStringArray, files: _Files) -> pa.DictionaryArray:
 def _odd_name(name: str, place: str) -> str:
     parts = name.split("/")
     if len(parts) in (4, 5) and parts[0] != TOP:
-        return f"{place}: {name!r} does not begin with {TOP!r}{nearest(parts[0], [TOP])}"
+        return f"{place}: {name!r} does not begin with {TOP!r}"
     if len(parts) in (4, 5) and parts[1] not in ("CT", "MR", "US"):
         return f"{place}: unknown modality folder {parts[1]!r}{nearest(parts[1], ('CT', 'MR', 'US'))}"
     return f"{place}: {name!r} does not follow the layout {_LAYOUT}"

@@ -1,8 +1,8 @@
 """A retinal photograph: find the field of view, cut to it, blacken all around it, and measure whether it can be used.
 
 The camera's aperture makes the field a disc, often cut by the frame, and an ellipse where somebody resized the file to
-another shape. All around it is black or a flat colour, with JPEG noise, a camera's notch, a date or a name in it. Pixels
-are cut at full resolution and never resampled.
+another shape. All around it is black or a flat colour, with JPEG noise, a camera's notch, a date or a name in it.
+Pixels are cut at full resolution and never resampled.
 """
 
 from __future__ import annotations
