@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from pydicom.dataset import Dataset
+from pydicom.errors import BytesLengthException
 
 from data_prep.quarantine import Rejected
 
@@ -21,6 +22,7 @@ from data_prep.quarantine import Rejected
 LIBRARY_ERRORS = (
     ArithmeticError,
     AttributeError,
+    BytesLengthException,
     EOFError,
     LookupError,
     NotImplementedError,

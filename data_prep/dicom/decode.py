@@ -62,6 +62,7 @@ class Layout:
     frames: int
     rows: int
     columns: int
+    allocated: int
     bits: int
     shift: int
     signed: bool
@@ -111,7 +112,9 @@ def read_layout(dataset: Dataset) -> Layout:
         raise Rejected("unsupported_transfer_syntax", "1-bit pixels in RLE")
     if syntax == uid.JPEGExtended12Bit and bits > 8:
         raise Rejected("unsupported_transfer_syntax", "12-bit lossy JPEG")
-    return Layout(syntax, keyword, photometric, samples, frames or 1, rows, columns, bits, shift, signed, cells)
+    return Layout(
+        syntax, keyword, photometric, samples, frames or 1, rows, columns, allocated, bits, shift, signed, cells
+    )
 
 
 def _transfer_syntax(dataset: Dataset) -> uid.UID:
@@ -208,6 +211,13 @@ def _check_stream(stream: Stream, layout: Layout) -> None:
         raise Rejected("bad_pixel_data", "a frame of another size than announced")
     if layout.samples == 3 and stream.precision != layout.bits:
         raise Rejected("bad_pixel_data", "colour of another depth than announced")
+    if stream.precision > max(layout.allocated, 8):
+        raise Rejected("bad_pixel_data", "more bits than announced")
+    if layout.syntax in (uid.JPEGLossless, uid.JPEGLosslessSV1):
+        depths = layout.allocated, layout.bits, stream.precision
+        # GDCM ends the process, or gives all 0, where these do not fit.
+        if depths != (8, 8, 8) and not (layout.allocated == 16 and min(depths) > 8):
+            raise Rejected("bad_pixel_data", "lossless JPEG of another depth than announced")
     if layout.signed and stream.precision > layout.bits:
         raise Rejected("bad_pixel_data", "signed values of more bits than announced")
 

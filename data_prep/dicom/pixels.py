@@ -78,15 +78,16 @@ def frames(
     crop, inside = _crop(layout, regions)
     black = layout.photometric == "MONOCHROME1"
     padding = _padding(dataset, layout)
+    colours: dict[_Cells, np.ndarray] = {}
     for number, whole in enumerate(decoded(dataset, layout)):
         array = whole[crop]
         cells = _Cells.of(layout, array.dtype)
         if layout.photometric in COLOUR:
             pixels, used = _colour(array, layout)
         elif layout.photometric == PALETTE:
-            if number == 0:
-                colours = palette_table(dataset, cells.stored(np.arange(1 << cells.size)))
-            pixels, used = colours.take(cells.patterns(array), axis=0), "none"
+            if cells not in colours:  # the depth of JPEG-LS may change between frames
+                colours[cells] = palette_table(dataset, cells.stored(np.arange(1 << cells.size)))
+            pixels, used = colours[cells].take(cells.patterns(array), axis=0), "none"
         elif layout.bits == 1:
             bright = (cells.stored(array.astype(np.int64)) != 0) ^ black
             pixels, used = bright.astype(f"u{bits // 8}") * ((1 << bits) - 1), "none"

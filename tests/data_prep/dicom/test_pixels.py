@@ -242,6 +242,13 @@ def test_fixed_windows_are_for_ct_in_hounsfield_units_alone() -> None:
 SECRET = "Jane^Doe"
 
 
+def raw(tag: int, value: str) -> pydicom.dataelem.RawDataElement:
+    """An element as a file's reader leaves it: not looked at yet."""
+    return pydicom.dataelem.RawDataElement(
+        pydicom.tag.Tag(tag), "DS", len(value), value.encode(), 0, False, True, True, None
+    )
+
+
 @pytest.mark.parametrize(
     ("change", "code"),
     [
@@ -251,7 +258,8 @@ SECRET = "Jane^Doe"
         (lambda d: delattr(d, "WindowWidth"), "bad_window"),
         (lambda d: d.add_new("WindowCenter", "LO", SECRET), "bad_window"),
         (lambda d: d.add_new("WindowCenter", "LO", "40"), "bad_window"),
-        (lambda d: d.add_new("WindowCenter", "UN", SECRET.encode()), "bad_window"),
+        (lambda d: setattr(d, "_dict", {**d._dict, 0x00281050: raw(0x00281050, SECRET)}), "bad_window"),
+        (lambda d: setattr(d, "_dict", {**d._dict, 0x00280008: raw(0x00280008, SECRET)}), "bad_pixel_header"),
         (lambda d: setattr(d, "WindowCenter", float("inf")), "bad_window"),
         (lambda d: d.add_new("VOILUTFunction", "LO", SECRET), "bad_window"),
         (lambda d: d.add_new("VOILUTSequence", "LO", SECRET), "bad_window"),

@@ -213,3 +213,14 @@ def test_pixel_data_that_end_early_never_become_an_image(real_data: Path, name: 
         with pytest.raises(Rejected) as caught:
             list(frames(dataset, choice=parse_window("stored"), bits=8, modality=None, anatomy=None))
         assert caught.value.code == "bad_pixel_data"
+
+
+@pytest.mark.parametrize("name", ["JPEG-LL", "bad_sequence", "JPGLosslessP14SV1_1s_1f_8b"])
+@pytest.mark.parametrize("depth", [(32, 32), (32, 16), (16, 8), (16, 1), (8, 2), (1, 1)])
+def test_a_lossless_jpeg_of_another_depth_does_not_end_the_process(
+    real_data: Path, name: str, depth: tuple[int, int]
+) -> None:
+    dataset = pydicom.dcmread(real_data / "dicom" / "variety" / f"{name}.dcm")
+    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = *depth, depth[1] - 1
+    with pytest.raises(Rejected):
+        list(frames(dataset, choice=parse_window("stored"), bits=8, modality=None, anatomy=None))
