@@ -41,7 +41,8 @@ def finish(
     """Write everything beside the shards into `staging.dataset` and `staging.private`; returns warnings too.
 
     Raises:
-        UserError: no image is left, or bit depths are mixed.
+        Unusable: no image is left, or bit depths are mixed.
+        UserError: duplicates were looked for with other options before a kill.
     """
     _refuse_nothing(plan, records, previous)
     found, warnings = deduplicated(staging, plan, records, options, previous)
@@ -97,14 +98,18 @@ def finish(
     return info, warnings
 
 
+class Unusable(UserError):
+    """What was planned can never become a dataset: there is nothing to go on from."""
+
+
 def refuse_mixed_depths(depths: Mapping[int, int]) -> None:
     """One dataset has one bit depth: a decoder is told which to give.
 
     Raises:
-        UserError: there are two.
+        Unusable: there are two.
     """
     if len(depths) > 1:
-        raise UserError(
+        raise Unusable(
             f"images of 8 bits ({depths[8]} so far) and of 16 bits ({depths[16]}) are mixed: "
             "prepare them as two datasets"
         )
@@ -117,7 +122,7 @@ def _refuse_nothing(plan: PlanFile, records: Records, previous: Previous | None)
     if not any(file for file, _ in said):
         reasons = Counter(entry[1] for _, rejected in said for entry in rejected)
         listed = ", ".join(f"{code} {count}" for code, count in reasons.most_common())
-        raise UserError(f"none of the {plan.found} images can be used ({listed}); nothing was written")
+        raise Unusable(f"none of the {plan.found} images can be used ({listed}); nothing was written")
 
 
 def _rows_of(index: pa.Table, shard: str, schema: pa.Schema) -> pa.Table:
