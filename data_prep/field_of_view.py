@@ -86,7 +86,9 @@ def find_field(image: Image.Image) -> Field:
     x, y, a, b = _refined(light, best[1])
     # Pixel (0, 0) of the small copy has its centre at 0.5.
     disc = Ellipse((x + 0.5) * scale_x, (y + 0.5) * scale_y, (a - _MARGIN) * scale_x, (b - _MARGIN) * scale_y)
-    return Field((0, 0, image.width, image.height), disc)
+    left, top, right, bottom = (0, 0, *small.size) if flat is None else _free_part(flat, best[1])
+    frame = (round(left * scale_x), round(top * scale_y), round(right * scale_x), round(bottom * scale_y))
+    return Field(frame, disc)
 
 
 def _reduced(image: Image.Image) -> tuple[Image.Image, float, float]:
@@ -111,6 +113,18 @@ def _flat_frame(values: np.ndarray) -> np.ndarray | None:
             parts, _ = ndimage.label(np.abs(values - colour).max(axis=2) <= _FLAT)
             flat |= parts == parts[rows, columns][1, 1]
     return ndimage.binary_dilation(flat, iterations=2) if flat.any() else None  # with the frame's blurred edge
+
+
+def _free_part(flat: np.ndarray, ellipse: Ellipse) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of what a flat frame that cuts the disc leaves of it."""
+    inside = ellipse_mask(ellipse, flat.shape)
+    limits = []
+    for axis in (0, 1):
+        chord = inside.sum(axis=axis)
+        free = np.flatnonzero((chord > 0) & ((flat & inside).sum(axis=axis) <= 0.05 * chord))
+        limits.append((int(free[0]), int(free[-1]) + 1) if len(free) else (0, len(chord)))
+    (left, right), (top, bottom) = limits
+    return left, top, right, bottom
 
 
 def _border_level(light: np.ndarray) -> float:

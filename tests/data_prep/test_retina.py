@@ -150,6 +150,15 @@ def test_a_white_page_around_the_black_border_is_no_part_of_the_field() -> None:
     assert np.abs(np.subtract(prepared.box, (150, 120, 550, 520))).max() < 8
 
 
+def test_a_white_page_that_cuts_the_disc_leaves_no_white() -> None:
+    page = Image.new("RGB", (700, 640), (255, 255, 255))
+    page.paste(photograph((560, 400), (280, 200), 240), (70, 120))
+    prepared = prepare_photograph(jpeg(page), SETTINGS)
+    assert np.abs(np.subtract(prepared.box, (110, 120, 590, 520))).max() < 12
+    values = np.asarray(prepared.image)
+    assert values[:, :, 2].max() < 200  # the retina's blue is far below the page's
+
+
 def test_half_of_the_disc_in_the_dark_does_not_move_it() -> None:
     values = np.asarray(photograph((600, 500), (300, 250), 220)).astype(np.float32)
     values *= np.clip((np.arange(600) - 150) / 200, 0, 1)[None, :, None]
