@@ -19,12 +19,14 @@ _SOT, _EOC = 0xFF90, 0xFFD9
 
 
 class Stream(NamedTuple):
-    """A compressed frame's own size, precision in bits, components and, for JPEG, what tells its colour space."""
+    """A compressed frame's own size, precision in bits, components and, for JPEG, the code of its start of frame and what tells its colour space."""
 
     width: int
     height: int
     precision: int
     components: int
+    process: int = 0
+    predictor: int = 0
     identifiers: bytes = b""
     subsampled: bool = False
     marked: bool = False
@@ -53,11 +55,12 @@ def read_jpeg(data: bytes) -> Stream:
             (length,) = struct.unpack_from(">H", data, position + 2)
             body = position + 4
             if marker == _SOS:
+                predictor = data[body + 1 + 2 * data[body]]
                 break
             if marker in _SOF:
                 precision, height, width, components = struct.unpack_from(">BHHB", data, body)
                 parts = data[body + 6 : body + 6 + 3 * components]
-                found = Stream(width, height, precision, components, parts[::3], len(set(parts[1::3])) > 1)
+                found = Stream(width, height, precision, components, marker, 0, parts[::3], len(set(parts[1::3])) > 1)
             elif (marker == _APP0 and data[body : body + 4] == b"JFIF") or (
                 marker == _APP14 and data[body : body + 5] == b"Adobe"
             ):
@@ -70,7 +73,7 @@ def read_jpeg(data: bytes) -> Stream:
     # In entropy-coded data FF is never followed by D9.
     if data.find(b"\xff\xd9", position) < 0:
         raise Rejected("bad_pixel_data", "a JPEG stream that ends early")
-    return found._replace(marked=marked)
+    return found._replace(predictor=predictor, marked=marked)
 
 
 def read_jpeg2000(data: bytes) -> Stream:
