@@ -19,7 +19,16 @@ _SOT, _EOC = 0xFF90, 0xFFD9
 
 
 class Stream(NamedTuple):
-    """A compressed frame's own size, precision in bits, components and, for JPEG, the code of its start of frame and what tells its colour space."""
+    """What a compressed frame says of itself.
+
+    Attributes:
+        precision: bits of a value.
+        process: JPEG alone: the code of the start of frame, 0xC3 where lossless.
+        predictor: lossless JPEG alone: 1 to 7.
+        identifiers: JPEG alone, as the next two: of the components; the letters RGB where they are.
+        subsampled: components are of different sizes.
+        marked: a JFIF or Adobe segment tells the colour space.
+    """
 
     width: int
     height: int
@@ -33,7 +42,7 @@ class Stream(NamedTuple):
 
 
 def read_jpeg(data: bytes) -> Stream:
-    """The header of a whole JPEG or JPEG-LS stream; `marked` where a JFIF or Adobe segment fixes the colour space.
+    """The header of a whole JPEG or JPEG-LS stream.
 
     Raises:
         Rejected: no such stream, or it ends early.
@@ -61,9 +70,13 @@ def read_jpeg(data: bytes) -> Stream:
                 precision, height, width, components = struct.unpack_from(">BHHB", data, body)
                 parts = data[body + 6 : body + 6 + 3 * components]
                 found = Stream(width, height, precision, components, marker, 0, parts[::3], len(set(parts[1::3])) > 1)
-            elif (marker == _APP0 and data[body : body + 4] == b"JFIF") or (
-                marker == _APP14 and data[body : body + 5] == b"Adobe"
-            ):
+            elif marker == _APP0 and data[body : body + 4] == b"JFIF":
+                if data[body + 5] != 1:  # the version; a warning in a header makes GDCM end the process
+                    raise Rejected("bad_pixel_data", "a damaged JPEG header")
+                marked = True
+            elif marker == _APP14 and data[body : body + 5] == b"Adobe":
+                if data[body + 11] > 1:  # the colour transform of three components
+                    raise Rejected("bad_pixel_data", "a damaged JPEG header")
                 marked = True
             position += 2 + length
     except (IndexError, struct.error):
