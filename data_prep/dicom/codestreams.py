@@ -14,6 +14,9 @@ from data_prep.quarantine import Rejected
 _SOS, _APP0, _APP14 = 0xDA, 0xE0, 0xEE
 # Start of frame: JPEG (without DHT, JPG and DAC, which lie in the same range) and JPEG-LS.
 _SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC} | {0xF7}
+# What else may stand before the scan: tables, LSE of JPEG-LS, application segments, comments. A decoder would skip
+# anything else, with a warning at most.
+_TABLES = frozenset((0xC4, 0xCC, 0xDB, 0xDC, 0xDD, 0xF8, 0xFE)) | frozenset(range(0xE0, 0xF0))
 _J2K_START = b"\xff\x4f\xff\x51"
 _SOT, _EOC = 0xFF90, 0xFFD9
 
@@ -66,6 +69,8 @@ def read_jpeg(data: bytes) -> Stream:
             if marker == _SOS:
                 predictor = data[body + 1 + 2 * data[body]]
                 break
+            if marker not in _SOF and marker not in _TABLES:
+                raise Rejected("bad_pixel_data", "a damaged JPEG header")
             if marker in _SOF:
                 precision, height, width, components = struct.unpack_from(">BHHB", data, body)
                 parts = data[body + 6 : body + 6 + 3 * components]
