@@ -232,3 +232,14 @@ def test_a_lossless_jpeg_of_more_bits_than_the_header_says_keeps_them(real_data:
     dataset.BitsStored, dataset.HighBit = 9, 8
     (frame,) = frames(dataset, choice=parse_window("stored"), bits=8, modality=None, anatomy=None)
     np.testing.assert_array_equal(frame.pixels, right.pixels)
+
+
+@pytest.mark.parametrize(
+    ("good", "bad"), [(b"JFIF\0\1", b"JFIF\0\4"), (b"\xff\xc4", b"\xff\0"), (b"\xff\xc3", b"\xff\xc0")]
+)
+def test_a_damaged_jpeg_header_does_not_end_the_process(real_data: Path, good: bytes, bad: bytes) -> None:
+    dataset = pydicom.dcmread(real_data / "dicom" / "variety" / "bad_sequence.dcm")
+    assert good in dataset.PixelData
+    dataset.PixelData = dataset.PixelData.replace(good, bad, 1)
+    with pytest.raises(Rejected, match="damaged JPEG header|not lossless"):
+        list(frames(dataset, choice=parse_window("stored"), bits=8, modality=None, anatomy=None))
