@@ -241,5 +241,5 @@ def test_a_damaged_jpeg_header_does_not_end_the_process(real_data: Path, good: b
     dataset = pydicom.dcmread(real_data / "dicom" / "variety" / "bad_sequence.dcm")
     assert good in dataset.PixelData
     dataset.PixelData = dataset.PixelData.replace(good, bad, 1)
-    with pytest.raises(Rejected, match="damaged JPEG header|not lossless"):
+    with pytest.raises(Rejected, match=r"damaged JPEG header|not lossless"):
         list(frames(dataset, choice=parse_window("stored"), bits=8, modality=None, anatomy=None))
