@@ -14,24 +14,38 @@ from data_prep.quarantine import Rejected
 _SOS, _APP0, _APP14 = 0xDA, 0xE0, 0xEE
 # Start of frame: JPEG (without DHT, JPG and DAC, which lie in the same range) and JPEG-LS.
 _SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC} | {0xF7}
+# What else may stand before the scan: tables, LSE of JPEG-LS, application segments, comments. A decoder would skip
+# anything else, with a warning at most.
+_TABLES = frozenset((0xC4, 0xCC, 0xDB, 0xDC, 0xDD, 0xF8, 0xFE)) | frozenset(range(0xE0, 0xF0))
 _J2K_START = b"\xff\x4f\xff\x51"
 _SOT, _EOC = 0xFF90, 0xFFD9
 
 
 class Stream(NamedTuple):
-    """A compressed frame's own size, precision in bits, components and, for JPEG, what tells its colour space."""
+    """What a compressed frame says of itself.
+
+    Attributes:
+        precision: bits of a value.
+        process: JPEG alone: the code of the start of frame, 0xC3 where lossless.
+        predictor: lossless JPEG alone: 1 to 7.
+        identifiers: JPEG alone, as the next two: of the components; the letters RGB where they are.
+        subsampled: components are of different sizes.
+        marked: a JFIF or Adobe segment tells the colour space.
+    """
 
     width: int
     height: int
     precision: int
     components: int
+    process: int = 0
+    predictor: int = 0
     identifiers: bytes = b""
     subsampled: bool = False
     marked: bool = False
 
 
 def read_jpeg(data: bytes) -> Stream:
-    """The header of a whole JPEG or JPEG-LS stream; `marked` where a JFIF or Adobe segment fixes the colour space.
+    """The header of a whole JPEG or JPEG-LS stream.
 
     Raises:
         Rejected: no such stream, or it ends early.
@@ -53,14 +67,21 @@ def read_jpeg(data: bytes) -> Stream:
             (length,) = struct.unpack_from(">H", data, position + 2)
             body = position + 4
             if marker == _SOS:
+                predictor = data[body + 1 + 2 * data[body]]
                 break
+            if marker not in _SOF and marker not in _TABLES:
+                raise Rejected("bad_pixel_data", "a damaged JPEG header")
             if marker in _SOF:
                 precision, height, width, components = struct.unpack_from(">BHHB", data, body)
                 parts = data[body + 6 : body + 6 + 3 * components]
-                found = Stream(width, height, precision, components, parts[::3], len(set(parts[1::3])) > 1)
-            elif (marker == _APP0 and data[body : body + 4] == b"JFIF") or (
-                marker == _APP14 and data[body : body + 5] == b"Adobe"
-            ):
+                found = Stream(width, height, precision, components, marker, 0, parts[::3], len(set(parts[1::3])) > 1)
+            elif marker == _APP0 and data[body : body + 4] == b"JFIF":
+                if data[body + 5] != 1:  # the version; a warning in a header makes GDCM end the process
+                    raise Rejected("bad_pixel_data", "a damaged JPEG header")
+                marked = True
+            elif marker == _APP14 and data[body : body + 5] == b"Adobe":
+                if data[body + 11] > 1:  # the colour transform of three components
+                    raise Rejected("bad_pixel_data", "a damaged JPEG header")
                 marked = True
             position += 2 + length
     except (IndexError, struct.error):
@@ -70,7 +91,7 @@ def read_jpeg(data: bytes) -> Stream:
     # In entropy-coded data FF is never followed by D9.
     if data.find(b"\xff\xd9", position) < 0:
         raise Rejected("bad_pixel_data", "a JPEG stream that ends early")
-    return found._replace(marked=marked)
+    return found._replace(predictor=predictor, marked=marked)
 
 
 def read_jpeg2000(data: bytes) -> Stream:

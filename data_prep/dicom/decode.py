@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -32,12 +34,12 @@ _NATIVE = frozenset(
     )
 )
 _LOSSY_JPEG = frozenset((uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit))
+_LOSSLESS_JPEG = frozenset((uid.JPEGLossless, uid.JPEGLosslessSV1))
 # Which of pydicom's plugins decodes a transfer syntax. Lossy JPEG is not here: we ask Pillow ourselves, since pydicom
 # converts to RGB once more what Pillow has converted already where a file says YBR and its JPEG has an Adobe marker.
 _PLUGINS = {
     **dict.fromkeys(_NATIVE, ""),
-    uid.JPEGLossless: "gdcm",
-    uid.JPEGLosslessSV1: "gdcm",
+    **dict.fromkeys(_LOSSLESS_JPEG, "gdcm"),
     **dict.fromkeys(uid.JPEGLSTransferSyntaxes, "pyjpegls"),
     **dict.fromkeys((uid.JPEG2000Lossless, uid.JPEG2000), "pylibjpeg"),
     **dict.fromkeys((uid.HTJ2KLossless, uid.HTJ2KLosslessRPCL, uid.HTJ2K), "pylibjpeg"),
@@ -154,10 +156,20 @@ def decoded(dataset: Dataset, layout: Layout) -> Iterator[np.ndarray]:
     with guarded(code, detail):
         if not dataset.get(layout.keyword):
             raise Rejected("no_pixels", "the element is empty")
-    streams = _streams(dataset, layout) if layout.syntax.is_encapsulated else None
+    streams: Iterator[tuple[bytes, Stream | None]] | None = None
+    if layout.syntax.is_encapsulated:
+        streams = _streams(dataset, layout)
     arrays = None
     if layout.syntax not in _LOSSY_JPEG:
-        options = {"view_only": True} if layout.syntax in _NATIVE and layout.cells else {}
+        options: dict[str, Any] = {"view_only": True} if layout.syntax in _NATIVE and layout.cells else {}
+        if layout.syntax in _LOSSLESS_JPEG and streams is not None:
+            with guarded(code, detail):
+                first = next(streams, (b"", None))
+            if (
+                first[1] is not None
+            ):  # GDCM cuts values to the bits that it is told, and some encoders store whole cells
+                options["bits_stored"] = max(layout.bits, first[1].precision)
+            streams = chain([first], streams)
         arrays = get_decoder(layout.syntax).iter_array(
             dataset,
             decoding_plugin=_PLUGINS[layout.syntax],
@@ -213,11 +225,13 @@ def _check_stream(stream: Stream, layout: Layout) -> None:
         raise Rejected("bad_pixel_data", "colour of another depth than announced")
     if stream.precision > max(layout.allocated, 8):
         raise Rejected("bad_pixel_data", "more bits than announced")
-    if layout.syntax in (uid.JPEGLossless, uid.JPEGLosslessSV1):
+    if layout.syntax in _LOSSLESS_JPEG:
+        # Where these do not fit, GDCM ends the process, or gives all 0.
         depths = layout.allocated, layout.bits, stream.precision
-        # GDCM ends the process, or gives all 0, where these do not fit.
         if depths != (8, 8, 8) and not (layout.allocated == 16 and min(depths) > 8):
             raise Rejected("bad_pixel_data", "lossless JPEG of another depth than announced")
+        if stream.process != 0xC3 or not 1 <= stream.predictor <= 7:
+            raise Rejected("bad_pixel_data", "a JPEG stream that is not lossless")
     if layout.signed and stream.precision > layout.bits:
         raise Rejected("bad_pixel_data", "signed values of more bits than announced")
 

@@ -224,3 +224,22 @@ def test_a_lossless_jpeg_of_another_depth_does_not_end_the_process(
     dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = *depth, depth[1] - 1
     with pytest.raises(Rejected):
         list(frames(dataset, choice=parse_window("stored"), bits=8, modality=None, anatomy=None))
+
+
+def test_a_lossless_jpeg_of_more_bits_than_the_header_says_keeps_them(real_data: Path) -> None:
+    """Some encoders store whole 16-bit cells of 12-bit values; here a header of 9 bits is put before a stream of 12."""
+    dataset, (right,) = images(real_data / "dicom" / "variety" / "bad_sequence.dcm")
+    dataset.BitsStored, dataset.HighBit = 9, 8
+    (frame,) = frames(dataset, choice=parse_window("stored"), bits=8, modality=None, anatomy=None)
+    np.testing.assert_array_equal(frame.pixels, right.pixels)
+
+
+@pytest.mark.parametrize(
+    ("good", "bad"), [(b"JFIF\0\1", b"JFIF\0\4"), (b"\xff\xc4", b"\xff\0"), (b"\xff\xc3", b"\xff\xc0")]
+)
+def test_a_damaged_jpeg_header_does_not_end_the_process(real_data: Path, good: bytes, bad: bytes) -> None:
+    dataset = pydicom.dcmread(real_data / "dicom" / "variety" / "bad_sequence.dcm")
+    assert good in dataset.PixelData
+    dataset.PixelData = dataset.PixelData.replace(good, bad, 1)
+    with pytest.raises(Rejected, match=r"damaged JPEG header|not lossless"):
+        list(frames(dataset, choice=parse_window("stored"), bits=8, modality=None, anatomy=None))
