@@ -18,9 +18,9 @@ from ruamel.yaml.comments import CommentedMap
 
 from data_prep.dicom.header import functional_groups, items, text
 from data_prep.dicom.terms import BODY_PARTS, MODALITIES, REGIONS, Region, plain
-from data_prep.dicom.yaml_file import place, read_mapping
 from data_prep.errors import UserError, nearest
 from data_prep.labels import UNKNOWN, VOCABULARIES, vocabulary_id
+from data_prep.yaml_file import place, read_mapping
 
 ANATOMY_KEYWORDS = (
     "AnatomicRegionSequence",

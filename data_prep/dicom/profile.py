@@ -15,9 +15,9 @@ from typing import Any
 from pydicom.datadict import dictionary_VR, keyword_for_tag, tag_for_keyword
 
 from data_prep.dicom.record import KEEPABLE
-from data_prep.dicom.yaml_file import place, read_mapping
 from data_prep.errors import UserError, nearest
 from data_prep.labels import shipped_folder
+from data_prep.yaml_file import place, read_mapping
 
 PROFILE_VERSION = 1
 CHOICES = {"burned_in": ("refuse",), "ultrasound": ("crop", "refuse")}

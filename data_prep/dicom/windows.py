@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
-from ruamel.yaml.error import YAMLError
 
 from data_prep.errors import UserError, nearest
 from data_prep.labels import EVERY_CLASS, VOCABULARIES, shipped_folder
+from data_prep.yaml_file import place, read_mapping
 
 PERCENTILES = (1.0, 99.0)
 _KINDS = ("stored", "percentile", "fixed")
@@ -81,42 +80,29 @@ def _percentiles(text: str, choice: str) -> tuple[float, float]:
 
 def _load_table(path: Path) -> tuple[tuple[tuple[str, float, float], ...], str]:
     """The windows of a table and the SHA-256 of its file."""
-    if not path.is_file():
-        raise UserError(f"--window fixed: {path} does not exist")
-    raw = path.read_bytes()
-    try:
-        content = YAML(typ="rt").load(raw.decode("utf-8"))
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text") from None
-    except YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark is not None else ""
-        raise UserError(f"{path}{line}: {getattr(error, 'problem', None) or 'no valid YAML'}") from None
-    if not isinstance(content, CommentedMap) or not content:
-        raise UserError(f"{path}: must map each anatomy to a window, as 'brain: {{centre: 40, width: 80}}'")
+    content = read_mapping(path)
     names = (*VOCABULARIES["anatomy"], EVERY_CLASS)
     entries = []
     for name, entry in content.items():
-        place = f"{path}, line {content.lc.key(name)[0] + 1}"
+        where = place(path, content, name)
         if name not in names:
-            raise UserError(f"{place}: unknown anatomy {str(name)!r}{nearest(str(name), names)}")
-        entries.append((str(name), *_window(entry, place)))
-    return tuple(entries), hashlib.sha256(raw).hexdigest()
+            raise UserError(f"{where}: unknown anatomy {str(name)!r}{nearest(str(name), names)}")
+        entries.append((str(name), *_window(path, entry, where)))
+    return tuple(entries), hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _window(entry: Any, place: str) -> tuple[float, float]:
+def _window(path: Path, entry: Any, where: str) -> tuple[float, float]:
     """Centre and width of one entry."""
     if not isinstance(entry, CommentedMap):
-        raise UserError(f"{place}: must be a map such as {{centre: 40, width: 80}}")
+        raise UserError(f"{where}: must be a map such as {{centre: 40, width: 80}}")
     for key in entry:
         if key not in _KEYS:
-            line = f"{place.rpartition(' ')[0]} {entry.lc.key(key)[0] + 1}"
-            raise UserError(f"{line}: unknown key {str(key)!r}{nearest(str(key), _KEYS)}")
+            raise UserError(f"{place(path, entry, key)}: unknown key {str(key)!r}{nearest(str(key), _KEYS)}")
     values = [entry.get(key) for key in _KEYS]
     for key, value in zip(_KEYS, values, strict=True):
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise UserError(f"{place}: {key} must be a number")
+            raise UserError(f"{where}: {key} must be a number")
     centre, width = (float(value) for value in values)
     if width < 1:
-        raise UserError(f"{place}: width must be at least 1, not {width:g}")
+        raise UserError(f"{where}: width must be at least 1, not {width:g}")
     return centre, width

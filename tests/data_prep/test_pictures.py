@@ -29,7 +29,7 @@ def photograph(path: Path, seed: int, blank: bool = False) -> None:
     if not blank:
         pen.ellipse((70, 40, 290, 260), fill=(200, 100, 50))
         for _ in range(60):
-            points = np.cumsum(rng.normal(0, 16, (9, 2)), axis=0) + (180, 150)
+            points = np.cumsum(rng.normal(0, 16, (9, 2)), axis=0) + np.array([180, 150])
             inside = points[np.hypot(*(points - (180, 150)).T) < 105]
             pen.line([tuple(point) for point in inside], fill=(120, 40, 25), width=2)
     pen.text((8, 280), "DOE JANE", fill=(255, 255, 255))

@@ -64,7 +64,7 @@ def test_a_table_of_ones_own_is_known_by_its_digest_alone(tmp_path: Path) -> Non
         ("lung: 40/400\n", "line 1: must be a map"),
         ("lung: {centre: 1, width: 2}\nlung: {centre: 1, width: 2}\n", "line 2"),
         ("lung: [\n", "line 2"),
-        ("", "must map each anatomy"),
+        ("", "must be a mapping"),
     ],
 )
 def test_a_table_is_read_strictly(tmp_path: Path, content: str, said: str) -> None:
