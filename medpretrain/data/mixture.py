@@ -72,7 +72,7 @@ class Mixture:
         """
         if len(paths) == 1 and "," in str(paths[0]) and not Path(paths[0]).exists():
             raise UserError(f"there is no dataset {paths[0]}; several are a list, as in data.path=[{paths[0]}]")
-        return cls([Dataset.open(path) for path in paths], weights)
+        return cls([Dataset.open(path, share=len(paths)) for path in paths], weights)
 
     def __str__(self) -> str:
         return ", ".join(str(dataset.path) for dataset in self.datasets)
