@@ -29,10 +29,10 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
-from data_prep.dataset import Dataset as Shards
 from data_prep.images import prepare
 from data_prep.synthetic import IMAGES, make_demo_images
 from medpretrain.data.batches import Stream
+from medpretrain.data.mixture import Mixture
 from medpretrain.data.views import Blur, Jitter, View
 
 BATCH, SIZE = 64, 224
@@ -88,7 +88,7 @@ def source(folder: Path, images: int) -> Path:
     return folder / "images"
 
 
-def ours(shards: Shards, view: View, threads: int) -> Iterator[object]:
+def ours(shards: Mixture, view: View, threads: int) -> Iterator[object]:
     torch.set_num_threads(threads)
     stream = Stream(
         shards,
@@ -136,7 +136,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         images = source(Path(temporary), options.images)
         prepare(images, Path(temporary) / "shards", split={"train": 1.0}, workers=threads)
-        shards = Shards.open(Path(temporary) / "shards")
+        shards = Mixture.open([Path(temporary) / "shards"])
         files = [path.read_bytes() for path in sorted(images.rglob("*.jpg"))]
         contestants: dict[str, Callable[[], Iterator[object]]] = {
             "ours": lambda: ours(shards, FULL, threads),
@@ -155,7 +155,7 @@ def main() -> None:
     write(options.out, rates, found, feeds, threads, float(np.mean([len(file) for file in files])))
 
 
-def parameters_alone(shards: Shards) -> float:
+def parameters_alone(shards: Mixture) -> float:
     """Images a second of order, parameters and bytes, without DALI."""
     stream = Stream(
         shards, {"crop": FULL}, split="train", seed=0, global_batch=BATCH, channels=3, mean=MEAN, std=STD,

@@ -54,7 +54,7 @@ _INDEX_FIELDS = [
     pa.field("frame", pa.int32()),
     # What finds the same image twice: see fingerprint.py
     pa.field("digest", pa.binary(16), nullable=False),
-    pa.field("phash", pa.uint64()),
+    pa.field("phash", pa.uint64(), nullable=False),
 ]
 # What training and evaluation read; the rest is for verify and for people.
 _READ = [field.name for field in _INDEX_FIELDS[:11]]
@@ -230,7 +230,7 @@ class Dataset:
         channels: 1, or 3 where any image has colour.
     """
 
-    def __init__(self, path: Path, info: DatasetInfo, sha256: str, index: pa.Table) -> None:
+    def __init__(self, path: Path, info: DatasetInfo, sha256: str, index: pa.Table, share: int) -> None:
         self.path = path
         self.info = info
         self.sha256 = sha256
@@ -244,12 +244,13 @@ class Dataset:
         self._offsets = index.column("offset").to_numpy()
         self._lengths = index.column("length").to_numpy()
         # A mapping holds a file descriptor, and a dataset may have more shards than a process may have of those.
-        self._most_open = max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+        self._share = share
+        self._most_open = max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // (2 * share))
         self._open: OrderedDict[int, np.ndarray] = OrderedDict()
 
     @classmethod
-    def open(cls, path: str | Path) -> Dataset:
-        """Open the dataset in folder `path`.
+    def open(cls, path: str | Path, share: int = 1) -> Dataset:
+        """Open the dataset in folder `path`; `share` is how many are to be open at a time in one process.
 
         Raises:
             UserError: no dataset, a damaged one, or an index that does not match its shards (naming the shard).
@@ -273,7 +274,7 @@ class Dataset:
         problem = index_problem(index, info)
         if problem is not None:
             raise UserError(f"{folder}: the index does not match its shards: {problem}")
-        return cls(folder, info, sha256, index)
+        return cls(folder, info, sha256, index, share)
 
     def __len__(self) -> int:
         return self.info.samples
@@ -337,11 +338,11 @@ class Dataset:
         return mapped
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (self.path, self.sha256)
+        return _reopen, (self.path, self.sha256, self._share)
 
 
-def _reopen(path: Path, sha256: str) -> Dataset:
-    dataset = Dataset.open(path)
+def _reopen(path: Path, sha256: str, share: int) -> Dataset:
+    dataset = Dataset.open(path, share)
     if dataset.sha256 != sha256:
         raise UserError(f"{path} was replaced by other data while it was in use")
     return dataset

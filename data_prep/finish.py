@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -16,22 +15,17 @@ import pyarrow.parquet as pq
 
 from data_prep.audit import Audit
 from data_prep.dataset import INDEX, QUARANTINE_SCHEMA, SHARDS, IndexWriter, to_disk, write_dataset
-from data_prep.dataset_info import DatasetInfo, Deidentification, Duplicates, ShardInfo, Statistics
-from data_prep.duplicates import search
+from data_prep.dataset_info import DatasetInfo, Deidentification, ShardInfo, Statistics
+from data_prep.deduplicate import deduplicated
 from data_prep.errors import UserError
 from data_prep.options import Options
 from data_prep.plan import MEASURED_SPLIT, PLAN_REJECTED, PLAN_ROWS, PlanFile
 from data_prep.previous import Previous
-from data_prep.quarantine import REASONS
 from data_prep.records import Records
 from data_prep.samples import MEASURE_SIDE
-from data_prep.shard import ShardWriter, members
 from data_prep.sources import shown
 from data_prep.staging import LINKS, Staging
-from data_prep.work import ShardResult, Tally, key_of
-
-DROPPED = "duplicate"
-_FOUND = "duplicates.json"
+from data_prep.work import Tally, key_of
 
 
 def finish(
@@ -47,10 +41,11 @@ def finish(
     """Write everything beside the shards into `staging.dataset` and `staging.private`; returns warnings too.
 
     Raises:
-        UserError: no image is left, or bit depths are mixed.
+        Unusable: no image is left, or bit depths are mixed.
+        UserError: duplicates were looked for with other options before a kill.
     """
     _refuse_nothing(plan, records, previous)
-    found, warnings = _without_duplicates(staging, plan, records, options, previous)
+    found, warnings = deduplicated(staging, plan, records, options, previous)
     shards: dict[str, ShardInfo] = {}
     if previous is not None:
         shards = {shard.name: shard for shard in previous.info.shards}
@@ -103,14 +98,18 @@ def finish(
     return info, warnings
 
 
+class Unusable(UserError):
+    """What was planned can never become a dataset: there is nothing to go on from."""
+
+
 def refuse_mixed_depths(depths: Mapping[int, int]) -> None:
     """One dataset has one bit depth: a decoder is told which to give.
 
     Raises:
-        UserError: there are two.
+        Unusable: there are two.
     """
     if len(depths) > 1:
-        raise UserError(
+        raise Unusable(
             f"images of 8 bits ({depths[8]} so far) and of 16 bits ({depths[16]}) are mixed: "
             "prepare them as two datasets"
         )
@@ -123,7 +122,7 @@ def _refuse_nothing(plan: PlanFile, records: Records, previous: Previous | None)
     if not any(file for file, _ in said):
         reasons = Counter(entry[1] for _, rejected in said for entry in rejected)
         listed = ", ".join(f"{code} {count}" for code, count in reasons.most_common())
-        raise UserError(f"none of the {plan.found} images can be used ({listed}); nothing was written")
+        raise Unusable(f"none of the {plan.found} images can be used ({listed}); nothing was written")
 
 
 def _rows_of(index: pa.Table, shard: str, schema: pa.Schema) -> pa.Table:
@@ -147,77 +146,6 @@ def _keep_shards(staging: Staging, previous: Previous) -> None:
                 shutil.copyfile(old, folder / (name + ".part"))
                 to_disk(folder / (name + ".part"))
                 (folder / (name + ".part")).rename(folder / name)
-
-
-# Duplicates
-
-
-def _without_duplicates(
-    staging: Staging, plan: PlanFile, records: Records, options: Any, previous: Previous | None
-) -> tuple[Duplicates, list[str]]:
-    """Find duplicates and, where asked for, take them out of their shards.
-
-    What was found is written down before the first shard changes, so that a run that is killed here goes on.
-    """
-    path = staging.state / _FOUND
-    if not path.exists():
-        columns = ["key", "patient", "split", "digest", "phash"]
-        tables = [records.load(number).rows.select(columns) for number in range(len(plan.jobs))]
-        old = 0
-        if previous is not None:
-            tables.insert(0, previous.index.select(columns).cast(tables[0].schema))
-            old = len(tables[0])
-        rows = pa.concat_tables(tables).unify_dictionaries()
-        found = search(rows, options.duplicates, keep_first=old) if options.duplicates != "off" else None
-        content = {
-            "counts": {} if found is None else found.counts,
-            "warnings": [] if found is None else found.warnings,
-            "drop": found.drop if found is not None and options.drop_duplicates else [],
-        }
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(content))
-        to_disk(part)
-        part.rename(path)
-    content = json.loads(path.read_text())
-    drop = set(content["drop"])
-    if drop:
-        for number in range(len(plan.jobs)):
-            result = records.load(number)
-            if not drop.isdisjoint(result.rows.column("key").to_pylist()):
-                _rewrite(staging, plan, records, result, drop)
-    return Duplicates(kind=options.duplicates, found=content["counts"], dropped=len(drop)), content["warnings"]
-
-
-def _rewrite(staging: Staging, plan: PlanFile, records: Records, result: ShardResult, drop: set[str]) -> None:
-    """Write a shard again without some of its samples."""
-    shard = plan.jobs[result.number].shard
-    rows = result.rows.to_pylist()
-    kept: list[dict[str, Any]] = []
-    rejected = list(result.rejected)
-    store = staging.store
-    with store.scratch() as scratch, store.local(f"{SHARDS}/{shard}") as old, old.open("rb") as file:
-        with ShardWriter(scratch / shard) as writer:
-            walk = members(old)
-            for row, image, record in zip(rows, walk, walk, strict=True):
-                if row["key"] in drop:
-                    position = int(row["key"][:9])
-                    rejected.append((position, DROPPED, REASONS[DROPPED], row["patient"], row["instance"]))
-                    continue
-                data = []
-                for member in (image, record):
-                    file.seek(member.offset)
-                    data.append(file.read(member.size))
-                kept.append({**row, "offset": writer.add(row["key"], row["extension"], *data)})
-            written = writer.close() if kept else None
-        if written is not None:
-            for ending in (".idx", ".tar"):
-                path = (scratch / shard).with_suffix(ending)
-                store.add(path, f"{SHARDS}/{path.name}")
-    if written is None:
-        for ending in (".tar", ".idx"):
-            store.remove(f"{SHARDS}/{shard.removesuffix('.tar')}{ending}")
-    table = pa.Table.from_pylist(kept, schema=result.rows.schema)
-    records.save(ShardResult(result.number, result.sources, written, table, sorted(rejected), result.tallies))
 
 
 # Quarantine and links

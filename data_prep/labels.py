@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
-from ruamel.yaml.error import YAMLError
 
 from data_prep.errors import UserError, nearest
+from data_prep.yaml_file import place, read_mapping
 
 UNKNOWN = -1
 VOCABULARY_VERSION = 1
@@ -82,37 +81,25 @@ def load_class_map(choice: str) -> ClassMap:
         if not path.is_file():
             hint = nearest(choice, sorted(file.stem for file in folder.glob("*.yaml")))
             raise UserError(f"--labels: no labels file is called {choice!r}{hint} (or give the path of a .yaml file)")
-    if not path.is_file():
-        raise UserError(f"--labels: {choice} does not exist")
-    raw = path.read_bytes()
-    try:
-        content = YAML(typ="rt").load(raw.decode("utf-8"))
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text") from None
-    except YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark is not None else ""
-        raise UserError(f"{path}{line}: {getattr(error, 'problem', None) or 'no valid YAML'}") from None
-    if not isinstance(content, CommentedMap) or not content:
-        raise UserError(f"{path}: must map each class to its modality and anatomy, as 'ChestCT: {{modality: CT}}'")
+    content = read_mapping(path)
     classes: dict[str, dict[str, int]] = {}
     places: dict[str, str] = {}
     for key, entry in content.items():
-        place = f"{path}, line {content.lc.key(key)[0] + 1}"
-        classes[str(key)] = _entry(entry, place)
-        places[str(key)] = place
-    digest = hashlib.sha256(raw).hexdigest()
+        where = place(path, content, key)
+        classes[str(key)] = _entry(path, entry, where)
+        places[str(key)] = where
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
     origin = f"{choice} (sha256 {digest[:16]})" if shipped else f"sha256 {digest[:16]}"
     return ClassMap(path.stem, origin, digest, classes, places)
 
 
-def _entry(entry: Any, place: str) -> dict[str, int]:
+def _entry(path: Path, entry: Any, where: str) -> dict[str, int]:
     """One class's ids by vocabulary."""
     if not isinstance(entry, CommentedMap):
-        raise UserError(f"{place}: must be a map such as {{modality: CT, anatomy: lung}}")
+        raise UserError(f"{where}: must be a map such as {{modality: CT, anatomy: lung}}")
     ids: dict[str, int] = {}
     for vocabulary, name in entry.items():
-        line = f"{place.rpartition(' ')[0]} {entry.lc.key(vocabulary)[0] + 1}"
+        line = place(path, entry, vocabulary)
         if vocabulary not in VOCABULARIES:
             raise UserError(f"{line}: unknown key {str(vocabulary)!r}{nearest(str(vocabulary), VOCABULARIES)}")
         ids[vocabulary] = vocabulary_id(vocabulary, str(name), line)
@@ -158,9 +145,9 @@ def apply_class_map(
         default = UNKNOWN if everything is None else everything.get(vocabulary, UNKNOWN)
         # One place more than there are classes: index -1, the unknown class, finds the default there.
         table = np.full(len(names) + 1, default, np.int32)
-        for place, name in enumerate(names):
+        for number, name in enumerate(names):
             if name in mapped:
-                table[place] = mapped[name].get(vocabulary, UNKNOWN)
+                table[number] = mapped[name].get(vocabulary, UNKNOWN)
         ids = table[classes.ids] if classes is not None else np.full(count, default, np.int32)
         columns[vocabulary] = LabelColumn(list(choices), ids, source)
     warnings = []

@@ -20,7 +20,7 @@ from data_prep.audit import Audit
 from data_prep.dataset import created_by
 from data_prep.dataset_info import DatasetInfo, Deidentification
 from data_prep.errors import UserError, WorkFailed, nearest
-from data_prep.finish import finish, refuse_mixed_depths
+from data_prep.finish import Unusable, finish, refuse_mixed_depths
 from data_prep.options import Options, Progress, Running
 from data_prep.plan import Base, PlanFile, difference, read_plan, save_plan, write_plan
 from data_prep.pool import Engine, open_engine
@@ -101,7 +101,7 @@ def prepare(kind: Kind, out: str | Path, options: Options, running: Running) -> 
         "append": running.append,
         **kind.options(),
         **kind.request(),
-        **{name: getattr(options, name) for name in ("seed", "shard_size", "duplicates", "drop_duplicates")},
+        **{name: getattr(options, name) for name in ("seed", "shard_size")},
         "split": None if options.split is None else dict(options.split),
     }
     with _writable(staging), staging.enter(running.part), open_engine(running.workers, running.cluster) as engine:
@@ -135,8 +135,8 @@ def prepare(kind: Kind, out: str | Path, options: Options, running: Running) -> 
                     warnings += more
                     staging.commit()
                     (staging.state / PLAN).unlink()
-        except UserError:
-            if running.part is None:  # what was planned cannot be: nothing to go on from
+        except Unusable:
+            if running.part is None:
                 staging.clear()
             raise
     return Summary(staging.out, staging.final_private, info, warnings, time.monotonic() - started)

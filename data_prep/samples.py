@@ -1,7 +1,7 @@
 """One image file in, one clean sample out: checked to its last byte, stripped, and re-encoded only where it must be.
 
-What the check can find: any cut file; any changed byte of a PNG (it has checksums); of the others, what breaks the
-decoder. A JPEG whose scan lost bytes in the middle and still has its end marker decodes, in part to gray, and passes.
+What the check can find: any cut file; any changed byte of a PNG (it has checksums); of the others, what the decoder
+stumbles over. A changed bit of a JPEG may give another valid scan, which nobody can tell from the original.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ from __future__ import annotations
 import io
 import struct
 import zlib
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
+import simplejpeg
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from data_prep.fingerprint import Fingerprint, fingerprint, fingerprint_of_file
 from data_prep.metadata import Stripped, is_jpeg, is_png, strip_jpeg, strip_png
 from data_prep.quarantine import Rejected
 
@@ -22,11 +24,9 @@ FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF", "JPEG2000")
 MAX_PIXELS = 178_956_970  # twice Pillow's own warning: where it too refuses
 JPEG_QUALITY = 95
 PNG_LEVEL = 1  # five times as fast as the default, some per cent larger
-# A JPEG that is measured is decoded at the smallest of its scales (1, 1/2, 1/4, 1/8) that keeps this many pixels a
-# side, one that is only checked at 1/8: all of the entropy-coded data are read at any scale, and the inverse transform,
-# half of the time, is saved.
-MEASURED_SCALE = 224
 MEASURE_SIDE = 64
+
+Extension = Literal["jpg", "png"]
 
 _GRAY = frozenset(("1", "LA", "La"))
 _COLOUR = frozenset(("RGBA", "RGBX", "RGBa", "CMYK", "YCbCr"))
@@ -52,7 +52,8 @@ class Sample(NamedTuple):
     """An image as it goes into a shard.
 
     `values` is (height, width) or (height, width, 3), uint8 or uint16, thinned to at most about 64 to 128 pixels a
-    side, for the dataset's mean and standard deviation; None where it was not asked for.
+    side, for the dataset's mean and standard deviation; None where it was not asked for. `fingerprint` is that of the
+    picture before it was encoded (upright, shrunk); of the stripped file where the pixels were not to be read.
     """
 
     extension: str
@@ -62,13 +63,14 @@ class Sample(NamedTuple):
     bit_depth: int
     channels: int
     values: np.ndarray | None
-    fingerprint: tuple[bytes, int] = (bytes(16), 0)
+    fingerprint: Fingerprint
 
 
 def from_bytes(data: bytes, resize: int | None = None, decode: bool = True, measure: bool = False) -> Sample:
     """The sample made from one image file.
 
     A JPEG or PNG that every decoder reads alike passes through without its metadata; everything else becomes a PNG.
+    With `resize` a large JPEG is decoded at a smaller scale, so its digest may differ from that of its PNG copy.
 
     Args:
         data: the whole file.
@@ -97,10 +99,10 @@ def from_bytes(data: bytes, resize: int | None = None, decode: bool = True, meas
             image = image.transpose(_UPRIGHT[stripped.orientation])
         lossy = stripped.extension == "jpg" and stripped.conformant
         return _encoded(image, "jpg" if lossy else "png", resize, measure, stripped)
-    values = None
+    whole = None
     if decode or measure:
-        image = _decoded(stripped.data, MEASURED_SCALE if measure else 1)
-        values = _thinned(np.asarray(image)) if measure else None
+        jpeg = stripped.extension == "jpg"
+        whole = _strictly_decoded(stripped) if jpeg else np.asarray(_decoded(stripped.data))
     return Sample(
         stripped.extension,
         stripped.data,
@@ -108,19 +110,67 @@ def from_bytes(data: bytes, resize: int | None = None, decode: bool = True, meas
         stripped.height,
         stripped.bit_depth,
         stripped.channels,
-        values,
+        _thinned(whole) if whole is not None and measure else None,
+        # Only `decode` decides: whether an image is measured must not set two copies of it apart.
+        fingerprint(whole) if whole is not None and decode else fingerprint_of_file(stripped.data),
     )
 
 
-def from_array(array: np.ndarray, resize: int | None = None, measure: bool = False) -> Sample:
-    """The PNG sample of an array: (height, width) or (height, width, 1 or 3), uint8, or uint16 for gray.
+def _strictly_decoded(stripped: Stripped) -> np.ndarray:
+    """The pixels of a JPEG, every one read; what libjpeg only warns of, such as bytes lost in the scan, is damage."""
+    try:
+        values = simplejpeg.decode_jpeg(stripped.data, "RGB" if stripped.channels == 3 else "GRAY", strict=True)
+    except ValueError:
+        _decoded(stripped.data)  # which tells a cut file from a damaged one
+        raise Rejected("corrupt", "the decoder found damage in its scan") from None
+    return values if stripped.channels == 3 else values[..., 0]
+
+
+def decoded(data: bytes) -> Image.Image:
+    """The pixels of an image file, upright, as mode L, RGB or I;16: for callers that make another picture of them.
+
+    Raises:
+        Rejected: the image cannot be used, with its reason.
+    """
+    if not data:
+        raise Rejected("empty")
+    if is_jpeg(data):
+        stripped = strip_jpeg(data)
+    elif is_png(data):
+        stripped = strip_png(data)
+    else:
+        return _decoded(data)
+    image = _decoded(stripped.data)
+    return image if stripped.orientation == 1 else image.transpose(_UPRIGHT[stripped.orientation])
+
+
+def from_array(
+    array: np.ndarray, resize: int | None = None, measure: bool = False, extension: Extension = "png"
+) -> Sample:
+    """The sample of an array: (height, width) or (height, width, 1 or 3), uint8, or uint16 for gray (PNG only).
 
     >>> from_array(np.zeros((4, 6), np.uint8))[2:6]
     (6, 4, 8, 1)
     """
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[..., 0]
-    return _encoded(Image.fromarray(np.ascontiguousarray(array)), "png", resize, measure)
+    return _encoded(Image.fromarray(np.ascontiguousarray(array)), extension, resize, measure)
+
+
+def from_image(image: Image.Image, extension: Extension, resize: int | None = None, measure: bool = False) -> Sample:
+    """The sample of a picture in memory, upright as it is. Alpha is dropped; what `image.info` holds is never written.
+
+    Args:
+        image: of any mode that can be 8-bit gray or RGB, or 16-bit gray.
+        extension: `jpg` for 8 bits whose source was lossy already, else `png`.
+        resize: as in `from_bytes`.
+        measure: as in `from_bytes`.
+
+    Raises:
+        Rejected: `unsupported_mode`.
+    """
+    plain = _plain(image)
+    return _encoded(plain.copy() if plain is image else plain, extension, resize, measure)
 
 
 _UPRIGHT = {
@@ -197,7 +247,7 @@ def _plain(image: Image.Image) -> Image.Image:
 
 
 def _encoded(
-    image: Image.Image, extension: str, resize: int | None, measure: bool, stripped: Stripped | None = None
+    image: Image.Image, extension: Extension, resize: int | None, measure: bool, stripped: Stripped | None = None
 ) -> Sample:
     """Shrink and encode; `stripped` tells the full size where `image` was decoded at a smaller scale."""
     full = image.size
@@ -207,6 +257,7 @@ def _encoded(
     if resize is not None and min(full) > resize:
         scale = resize / min(full)
         image = _shrunk(image, (max(1, round(full[0] * scale)), max(1, round(full[1] * scale))))
+    assert extension == "png" or image.mode != "I;16", "JPEG holds 8 bits"
     image.info.clear()  # Pillow would write comments and transparency from here
     buffer = io.BytesIO()
     if extension == "jpg":
@@ -216,8 +267,12 @@ def _encoded(
         image.save(buffer, "PNG", compress_level=PNG_LEVEL)
     channels = 3 if image.mode == "RGB" else 1
     bit_depth = 16 if image.mode == "I;16" else 8
-    values = _thinned(np.asarray(image)) if measure else None
-    return Sample(extension, buffer.getvalue(), image.width, image.height, bit_depth, channels, values)
+    pixels = np.asarray(image)
+    mark = fingerprint(pixels)
+    if extension == "jpg":  # lossy: what is in the file is known by its bytes, and equal pixels give equal bytes
+        mark = fingerprint_of_file(buffer.getvalue())._replace(phash=mark.phash)
+    values = _thinned(pixels) if measure else None
+    return Sample(extension, buffer.getvalue(), image.width, image.height, bit_depth, channels, values, mark)
 
 
 def _shrunk(image: Image.Image, size: tuple[int, int]) -> Image.Image:

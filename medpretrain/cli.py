@@ -69,7 +69,7 @@ def train(
     finished = run_training(loaded, resume if resume in ("auto", "never") else Path(resume))  # type: ignore[arg-type]
     if _leads():
         print(f"{finished.step} steps done. Checkpoint: {finished.checkpoint}")
-        print(f"next: medpretrain evaluate knn {finished.run} {loaded.data.path} --baseline random")
+        print(f"next: medpretrain evaluate knn {finished.run} {loaded.data.path[0]} --baseline random")
         print(f"      medpretrain export {finished.run} OUT")
 
 

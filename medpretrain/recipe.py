@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FiniteFloat, model_validator
 
 from medpretrain.data.views import View
 
@@ -26,15 +26,27 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def _one_or_several(given: Any) -> Any:
+    """A folder may stand alone where a list of them may stand."""
+    if given is None or isinstance(given, str):
+        return (given,) if given else ()
+    if not isinstance(given, list | tuple):
+        raise ValueError("give a folder, or a list of folders")
+    return tuple(given)
+
+
 class Data(_Section):
-    path: str | None = None
-    """The folder that `medpretrain prep` wrote."""
+    path: Annotated[tuple[str, ...], BeforeValidator(_one_or_several)] = ()
+    """The folder that `medpretrain prep` wrote, or a list of such folders, trained on together."""
+    weights: tuple[Annotated[FiniteFloat, Gt(0)], ...] = ()
+    """How the datasets share each global batch, in any unit; a small one then goes through its own epochs more often.
+    Without them every image is seen once an epoch. In both cases `epochs` counts as many images as there are."""
     split: str = "train"
     channels: Literal[1, 3] = 3
     labels: tuple[str, ...] = ()
     """Label kinds that the method learns from."""
     mean: tuple[float, ...] | None = None
-    """Of intensities in 0..1, a value a channel; the dataset's own where not given."""
+    """Of intensities in 0..1, a value a channel; where not given, those of the images as they are sampled."""
     std: tuple[Positive, ...] | None = None
     block_shards: Annotated[int, Ge(0)] = 0
     """0 shuffles fully; G shuffles shards, then samples within blocks of G shards."""
@@ -42,6 +54,12 @@ class Data(_Section):
     """Decoding threads a process; by default its share of the cores."""
     trace: bool = False
     """Write the samples and augmentations that each rank saw to the run folder."""
+
+    @model_validator(mode="after")
+    def _a_weight_each(self) -> Data:
+        if self.path and len(self.weights) not in (0, len(self.path)):
+            raise ValueError(f"weights need one value for each of the {len(self.path)} datasets in data.path")
+        return self
 
     @model_validator(mode="after")
     def _normalisation(self) -> Data:
@@ -157,7 +175,7 @@ class Recipe(_Section):
         """The resolved values that decide what is trained, by dotted key.
 
         Left out is what may change between a run and its resumption: where data, run and tracker are (the data's
-        identity is its own hash), device, threads, and how often is logged and saved.
+        identity is the hash of each dataset, in their order), device, threads, and how often is logged and saved.
         """
         return {key: value for key, value in flatten(self.resolved()) if not key.startswith(_CHANGEABLE)}
 

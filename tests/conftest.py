@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+SPLIT = {"train": 0.7, "test": 0.3}
 LABELS = """\
 chest: {modality: CT, anatomy: lung}
 head: {modality: MR, anatomy: brain}
@@ -33,7 +34,23 @@ def small_dataset(tmp_path_factory) -> Path:
         folder / "images",
         folder / "shards",
         labels=str(folder / "labels.yaml"),
-        split={"train": 0.7, "test": 0.3},
+        split=SPLIT,
         shard_size=10,
     )
+    return folder / "shards"
+
+
+@pytest.fixture(scope="session")
+def colour_dataset(tmp_path_factory) -> Path:
+    """Shards of 30 small colour images of two classes, `hand` as in `small_dataset` and `foot`; no other label."""
+    from data_prep.images import prepare
+
+    folder = tmp_path_factory.mktemp("colour")
+    draw = np.random.default_rng(1)
+    for number, name in enumerate(("hand", "foot")):
+        (folder / "images" / name).mkdir(parents=True)
+        for image in range(15):
+            pixels = draw.integers(0, 50, (44, 30 + image, 3)) + 90 * number + np.array([60, 30, 0])
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / "images" / name / f"q{image}_{number}.png")
+    prepare(folder / "images", folder / "shards", split=SPLIT, shard_size=8)
     return folder / "shards"

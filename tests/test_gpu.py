@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from data_prep.dataset import Dataset
 from medpretrain.data.augment import apply, pixel_noise
 from medpretrain.data.batches import Batch, Stream
+from medpretrain.data.mixture import Mixture
 from medpretrain.data.views import BiasField, Blur, Jitter, Noise, View
 from medpretrain.recipe import Recipe
 from medpretrain.training.build import build_method
@@ -38,7 +38,7 @@ def cuda():
 
 def batch_on(device, folder) -> Batch:
     stream = Stream(
-        Dataset.open(folder), VIEWS, split="train", seed=0, global_batch=16, channels=1, mean=[0.4], std=[0.3],
+        Mixture.open([folder]), VIEWS, split="train", seed=0, global_batch=16, channels=1, mean=[0.4], std=[0.3],
         device=device, threads=2, labels=["modality", "anatomy"],
     )  # fmt: skip
     batches = stream.batches(2)
@@ -54,7 +54,7 @@ def test_noise_has_the_same_hashes_on_both_devices(cuda):
 
 def test_augmentation_agrees_with_the_cpu(cuda, small_dataset):
     stream = Stream(
-        Dataset.open(small_dataset), VIEWS, split="train", seed=0, global_batch=16, channels=1, mean=[0.4], std=[0.3],
+        Mixture.open([small_dataset]), VIEWS, split="train", seed=0, global_batch=16, channels=1, mean=[0.4], std=[0.3],
         device=cuda, threads=2,
     )  # fmt: skip
     places = stream.order.step(0, 16)

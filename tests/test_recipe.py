@@ -65,6 +65,13 @@ def test_every_shipped_recipe_reads_back_to_itself(name):
         (("name: mine", "name: [mine"), r"mine.yaml:\d+: not YAML"),
         (("channels: 1", "channels: 2"), r"mine.yaml:2: data.channels"),
         (("channels: 1", "channels: 1, mean: [0.1]"), r"given together"),
+        (("channels: 1", "channels: 1, weigths: [1]"), r"mine.yaml:2: unknown key 'weigths'; did you mean 'weights'\?"),
+        (
+            ("channels: 1", "channels: 1, path: [a, b],\n  weights: [1, 2, 3]"),
+            r"mine.yaml:2: data: weights need one value for each of the 2 datasets",
+        ),
+        (("channels: 1", "channels: 1, path: [a, b],\n  weights: [1, 0]"), r"mine.yaml:3: data.weights.1: .*than 0"),
+        (("channels: 1", "channels: 1, weights: [.inf]"), r"mine.yaml:2: data.weights.0: .*finite"),
     ],
 )
 def test_mistakes_in_a_file_are_named_with_their_line(change, message, write):
@@ -77,6 +84,9 @@ def test_mistakes_in_a_file_are_named_with_their_line(change, message, write):
     [
         ("optim.lrr=1", r"override optim.lrr: unknown key 'lrr'; did you mean 'lr'\?"),
         ("optim.lr=abc", r"override optim.lr: .*number \(given: 'abc'\)"),
+        ("data.path=3", r"override data.path: give a folder, or a list of folders \(given: 3\)"),
+        ("data.path=[a, 3]", r"override data.path: data.path.1: .*string \(given: 3\)"),
+        ("data.weights=2", r"override data.weights: .*\(given: 2\)"),
         ("optim", "key=value"),
         ("=3", "key=value"),
         ("name.x=3", "name is not a section"),
@@ -99,11 +109,36 @@ def test_overrides_take_the_place_of_what_the_file_says(write):
     assert recipe.method["temperature"] == 0.07
 
 
+def test_a_folder_or_several_with_weights(write):
+    assert load_recipe(write(RECIPE)).data.path == ()
+    assert load_recipe(write(RECIPE), ["data.path=one"]).data.path == ("one",)
+    several = load_recipe(write(RECIPE), ["data.path=[one,two]", "data.weights=[1, 0.5]"])
+    assert several.data.path == ("one", "two")
+    assert several.data.weights == (1.0, 0.5)
+    assert read_recipe(dump_recipe(several)) == several
+    in_file = RECIPE.replace("channels: 1", "path: [one, two], channels: 1")
+    assert load_recipe(write(in_file)).data.path == ("one", "two")
+
+
 def test_the_identity_changes_with_what_is_trained_and_not_with_where(write):
     plain = load_recipe(write(RECIPE))
-    for elsewhere in ("run.dir=x", "device=cpu", "data.path=y", "tracking.uri=none", "train.log_every=3"):
+    for elsewhere in (
+        "run.dir=x",
+        "device=cpu",
+        "data.path=y",
+        "data.path=[y,z]",
+        "tracking.uri=none",
+        "train.log_every=3",
+    ):
         assert load_recipe(write(RECIPE), [elsewhere]).sha256 == plain.sha256
-    for otherwise in ("seed=1", "optim.lr=0.1", "method.threshold=0.4", "views.crop.flip=0.5", "train.epochs=11"):
+    for otherwise in (
+        "seed=1",
+        "optim.lr=0.1",
+        "method.threshold=0.4",
+        "views.crop.flip=0.5",
+        "train.epochs=11",
+        "data.weights=[1]",
+    ):
         assert load_recipe(write(RECIPE), [otherwise]).sha256 != plain.sha256
 
 

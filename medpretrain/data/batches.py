@@ -1,4 +1,4 @@
-"""From a dataset and a step number to the tensors a method sees."""
+"""From datasets and a step number to the tensors a method sees."""
 
 from __future__ import annotations
 
@@ -18,14 +18,13 @@ from torch import Tensor
 from data_prep.dataset import Dataset
 from data_prep.errors import UserError
 from medpretrain.data.augment import apply
-from medpretrain.data.order import Order, Places
+from medpretrain.data.mixture import Mixture
+from medpretrain.data.order import Places
 from medpretrain.data.pipeline import CropPipeline, Crops, Feed
 from medpretrain.data.views import Parameters, View, draw
 
 Views = dict[str, list[Tensor]]
 """A list of (n, C, S, S) tensors for each kind of view."""
-
-_LUMA = np.array([0.299, 0.587, 0.114])
 
 
 @dataclass(frozen=True)
@@ -59,28 +58,6 @@ class Share:
     micro_batches: int = 1
 
 
-def dataset_normalisation(dataset: Dataset, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The dataset's mean and standard deviation of intensities in 0..1, as those of `channels` channels.
-
-    From colour to gray the mean is exact and the deviation that of perfectly correlated channels.
-
-    Raises:
-        UserError: preparation did not measure them.
-    """
-    measured = dataset.info.statistics
-    if measured is None:
-        raise UserError(
-            f"{dataset.path} has no mean and std, for it has no train images that were decoded; give data.mean and "
-            "data.std, a value in 0..1 for each channel"
-        )
-    mean, std = np.asarray(measured.mean), np.asarray(measured.std)
-    if len(mean) == 3 and channels == 1:
-        mean, std = mean @ _LUMA[:, None], std @ _LUMA[:, None]
-    if len(mean) == 1 and channels == 3:
-        mean, std = mean.repeat(3), std.repeat(3)
-    return tuple(np.round(mean, 6).tolist()), tuple(np.round(np.maximum(std, 1e-3), 6).tolist())
-
-
 class Stream:
     """The batches of a run from any step on; a batch is a function of the step alone.
 
@@ -90,15 +67,17 @@ class Stream:
         views: the kinds of views a method asks for.
         labels: the label kinds that travel with a batch.
         share: this process's part.
-        trace: a file to which epoch, row and parameter digest of every sample that goes into the pipeline are appended.
+        trace: a file to which epoch, row (numbered through the datasets) and parameter digest of every sample that goes
+            into the pipeline are appended.
 
     Raises:
-        UserError: fewer samples than the global batch, a global batch that the share does not divide, an unknown label.
+        UserError: fewer samples than the global batch, weights that it cannot hold, a global batch that the share does
+            not divide, an unknown label.
     """
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: Mixture,
         views: Mapping[str, View],
         *,
         split: str,
@@ -120,23 +99,18 @@ class Stream:
         self._channels, self._device, self._threads, self._prefetch = channels, device, threads, prefetch
         self._mean, self._std, self._trace = mean, std, trace
         self._rows = dataset.rows(split)
-        if len(self._rows) < global_batch:
-            raise UserError(
-                f"train.global_batch={global_batch} is more than the {len(self._rows)} samples of split {split!r} in "
-                f"{dataset.path}; take a smaller one"
-            )
+        self.order = dataset.order(split, seed=seed, global_batch=global_batch, block_shards=block_shards)
         parts = self._share.world * self._share.micro_batches
         if global_batch % parts:
             raise UserError(
                 f"train.global_batch={global_batch} is not divisible by {self._share.world} processes x "
                 f"{self._share.micro_batches} micro-batches"
             )
-        self._labels = {name: torch.from_numpy(dataset.labels(name).astype(np.int64)) for name in labels}
-        shard_sizes = np.bincount(dataset.shard_ids[self._rows])
-        self.order = Order(seed, len(self._rows), tuple(shard_sizes[shard_sizes > 0].tolist()), block_shards)
+        self._labels = {name: torch.from_numpy(dataset.labels(name)) for name in labels}
 
     @property
     def steps_per_epoch(self) -> float:
+        """An epoch is as many samples as the datasets hold together; with weights, however often each is seen in it."""
         return len(self._rows) / self.global_batch
 
     def __len__(self) -> int:

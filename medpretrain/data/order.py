@@ -2,13 +2,17 @@
 
 The samples of all epochs form one endless sequence: position p holds a sample of epoch p // N. A step takes the next
 global batch of positions, so no sample of an epoch is dropped, and a batch may reach into the next epoch. A run's place
-in its data is its step number, whatever the number of ranks.
+in its data is its step number, whatever the number of ranks. Where datasets are mixed by weights, each goes through its
+own epochs.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from functools import lru_cache
+from fractions import Fraction
+from functools import cached_property, lru_cache
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -20,10 +24,12 @@ _ROUNDS = 6  # four make a Feistel network a strong pseudorandom permutation (Lu
 _ORDER = purpose("order")
 _SHARDS = purpose("shards")
 _COUNTERPART = purpose("counterpart")
+_DATASET = purpose("dataset")
+_MIXED = purpose("mixed")
 
 
 class Places(NamedTuple):
-    """The samples of a stretch of the sequence: `epoch` (B,) and `sample` (B,), both int64."""
+    """The samples at some positions: `sample` (B,) and the `epoch` (B,) in which each is seen, both int64."""
 
     epoch: NDArray[np.int64]
     sample: NDArray[np.int64]
@@ -61,9 +67,25 @@ def permute(index: NDArray[np.int64], size: NDArray[np.int64] | int, key: NDArra
     return value.astype(np.int64)
 
 
+class SampleSequence(ABC):
+    """An endless sequence of samples, each position of which is known without those before it."""
+
+    @abstractmethod
+    def at(self, position: NDArray[np.int64]) -> Places:
+        """The samples at any positions, (B,)."""
+
+    def places(self, start: int, count: int) -> Places:
+        """The samples at positions start .. start + count."""
+        return self.at(np.arange(start, start + count, dtype=np.int64))
+
+    def step(self, step: int, global_batch: int) -> Places:
+        """The global batch of a step, counted from 0."""
+        return self.places(step * global_batch, global_batch)
+
+
 @dataclass(frozen=True)
-class Order:
-    """The order in which a run sees its samples.
+class Order(SampleSequence):
+    """Epoch after epoch of all samples, each shuffled anew.
 
     Args:
         seed: names the order.
@@ -82,9 +104,7 @@ class Order:
         assert self.samples > 0
         assert self.block_shards == 0 or sum(self.shard_sizes) == self.samples
 
-    def places(self, start: int, count: int) -> Places:
-        """The samples at positions start .. start + count of the endless sequence."""
-        position = np.arange(start, start + count, dtype=np.int64)
+    def at(self, position: NDArray[np.int64]) -> Places:
         epoch, index = np.divmod(position, self.samples)
         if self.block_shards == 0:
             return Places(epoch, permute(index, self.samples, hash64(self.seed, _ORDER, epoch)))
@@ -93,10 +113,6 @@ class Order:
             here = epoch == one
             sample[here] = self._within_blocks(int(one), index[here])
         return Places(epoch, sample)
-
-    def step(self, step: int, global_batch: int) -> Places:
-        """The global batch of a step, counted from 0."""
-        return self.places(step * global_batch, global_batch)
 
     def _within_blocks(self, epoch: int, index: NDArray[np.int64]) -> NDArray[np.int64]:
         shards, starts_here, block_edges = _shuffled_shards(self, epoch)
@@ -108,7 +124,7 @@ class Order:
         return first_of_shard[shards[turn]] + place - starts_here[turn]
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=64)
 def _shuffled_shards(order: Order, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """The epoch's order of shards, where each begins in it, and the edges of the blocks."""
     number = np.arange(len(order.shard_sizes))
@@ -116,6 +132,72 @@ def _shuffled_shards(order: Order, epoch: int) -> tuple[NDArray[np.int64], NDArr
     edges = np.concatenate(([0], np.cumsum(np.asarray(order.shard_sizes, dtype=np.int64)[shards])))
     block_edges = np.append(edges[:-1][:: order.block_shards], edges[-1])
     return shards, edges[:-1], block_edges
+
+
+@dataclass(frozen=True)
+class WeightedOrder(SampleSequence):
+    """Datasets mixed by shares: each goes through its own epochs, small ones more often.
+
+    How many images each dataset gives is fixed and not drawn: after t steps dataset d has given
+    round(t B W_d) - round(t B W_(d-1)) images, B being the global batch and W the cumulative shares. So at the end of
+    every step it is within one image of its share of the run, and within two in each batch. Draws would come near the
+    share only on average, and how many came before a position, hence the place in the dataset's epochs, would be known
+    only by drawing them all. Within a batch the datasets are shuffled, so that every rank meets all of them.
+
+    Args:
+        seed: names the order.
+        shares: of each dataset, 1 together, at least one image of a global batch each.
+        shard_sizes: for each dataset how many of its samples each shard holds. Samples are numbered through all.
+        global_batch: B.
+        block_shards: of each dataset, as in `Order`.
+    """
+
+    seed: int
+    shares: tuple[Fraction, ...]
+    shard_sizes: tuple[tuple[int, ...], ...] = field(repr=False)
+    global_batch: int
+    block_shards: int = 0
+
+    def __post_init__(self) -> None:
+        assert len(self.shares) == len(self.shard_sizes)
+        assert sum(self.shares) == 1
+        assert min(self.shares) * self.global_batch >= 1  # else the difference of two roundings may be negative
+
+    def at(self, position: NDArray[np.int64]) -> Places:
+        step, index = np.divmod(position, self.global_batch)
+        index = permute(index, self.global_batch, hash64(self.seed, _MIXED, step))
+        dataset, own = np.empty_like(position), np.empty_like(position)  # own: the position in its own epochs
+        for one in np.unique(step).tolist():
+            here = step == one
+            before = self._given(one)
+            edges = self._given(one + 1) - before  # of the datasets in this batch, before it is shuffled
+            which = np.searchsorted(edges, index[here], side="right") - 1
+            dataset[here] = which
+            own[here] = np.diff(before)[which] + index[here] - edges[which]
+        epoch, sample = np.empty_like(position), np.empty_like(position)
+        first = 0
+        for number, order in enumerate(self._orders):
+            here = dataset == number
+            found = order.at(own[here])
+            epoch[here], sample[here] = found.epoch, first + found.sample
+            first += order.samples
+        return Places(epoch, sample)
+
+    def _given(self, steps: int) -> NDArray[np.int64]:
+        """How many images datasets 0 .. d - 1 have given together after some steps, for d = 0 ..= their number."""
+        images = steps * self.global_batch
+        return np.array([int(images * share + Fraction(1, 2)) for share in self._cumulative], dtype=np.int64)
+
+    @cached_property
+    def _cumulative(self) -> tuple[Fraction, ...]:
+        return tuple(accumulate(self.shares, initial=Fraction(0)))
+
+    @cached_property
+    def _orders(self) -> tuple[Order, ...]:
+        return tuple(
+            Order(int(hash64(self.seed, _DATASET, number)), sum(sizes), sizes, self.block_shards)
+            for number, sizes in enumerate(self.shard_sizes)
+        )
 
 
 def counterparts(seed: int, step: int, count: int) -> NDArray[np.int64]:

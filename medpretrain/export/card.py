@@ -35,7 +35,8 @@ class Provenance(BaseModel):
     recipe_name: Name | None = None
     """A recipe given as a path is known by the name of its file."""
     recipe_sha256: Sha256 | None = None
-    dataset_sha256: Sha256 | None = None
+    dataset_sha256: tuple[Sha256, ...] | None = None
+    """Of each dataset, in their order."""
     dataset_counts: dict[Name, Count] | None = None
     """Images, by split or by whatever the dataset counts."""
     step: Count | None = None
@@ -64,7 +65,7 @@ def model_card(
         "method": p.method,
         "recipe": p.recipe_name,
         "recipe SHA-256": p.recipe_sha256,
-        "dataset SHA-256": p.dataset_sha256,
+        "dataset SHA-256": ", ".join(p.dataset_sha256) if p.dataset_sha256 else None,
         "images in the dataset": counts,
         "steps": p.step,
         "images seen": p.images_seen,

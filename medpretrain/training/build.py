@@ -11,8 +11,8 @@ from typing import TypedDict, cast
 import torch
 from torch import nn
 
-from data_prep.dataset import Dataset
 from data_prep.errors import UserError
+from medpretrain.data.mixture import Mixture
 from medpretrain.methods import method_class
 from medpretrain.methods.base import Backbone, Method
 from medpretrain.models.backbones import create_backbone
@@ -37,11 +37,11 @@ def build_backbone(recipe: Recipe) -> Backbone:
     return cast("Backbone", backbone)
 
 
-def label_sizes(recipe: Recipe, dataset: Dataset) -> dict[str, int]:
+def label_sizes(recipe: Recipe, dataset: Mixture) -> dict[str, int]:
     """How many classes each label kind of the recipe has.
 
     Raises:
-        UserError: the dataset lacks one.
+        UserError: no dataset has one of them.
     """
     return {name: len(dataset.label_names(name)) for name in recipe.data.labels}
 
@@ -63,7 +63,7 @@ def image_size(recipe: Recipe) -> int:
 
 
 class DatasetFacts(TypedDict):
-    """What a checkpoint keeps of its dataset, which may be out of reach when the backbone is used."""
+    """What a checkpoint keeps of its datasets together, which may be out of reach when the backbone is used."""
 
     bit_depth: int
     splits: dict[str, int]

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from data_prep.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 _STATE = "state.pt"
 MANIFEST = "manifest.json"
 _TEMPORARY = ".tmp-"
@@ -50,13 +50,14 @@ class CheckpointError(UserError):
 class CheckpointInfo:
     """What a checkpoint belongs to.
 
-    `recipe` is the resolved recipe as text, the digests are SHA-256 in hex, `world_size` counts the ranks that trained.
+    `recipe` is the resolved recipe as text, the digests are SHA-256 in hex, one for each dataset in their order,
+    `world_size` counts the ranks that trained.
     `step` is filled in by `save`, so one object serves a whole run.
     """
 
     recipe: str
     recipe_sha256: str
-    dataset_sha256: str
+    dataset_sha256: tuple[str, ...]
     world_size: int
     step: int = 0
 
@@ -267,6 +268,8 @@ def _read_manifest(path: Path) -> tuple[CheckpointInfo, dict[str, Any]]:
         if entry in files and status.st_size != files[entry]["bytes"]:
             raise CheckpointError(f"{path / entry} has {status.st_size} bytes, not {files[entry]['bytes']}")
     fields = {field.name: manifest[field.name] for field in dataclasses.fields(CheckpointInfo)}
+    hashes = fields["dataset_sha256"]
+    fields["dataset_sha256"] = (hashes,) if version == 1 else tuple(hashes)  # format 1 knew one dataset
     return CheckpointInfo(**fields), files
 
 

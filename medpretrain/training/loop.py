@@ -15,9 +15,9 @@ from typing import Literal
 
 import torch
 
-from data_prep.dataset import Dataset
 from data_prep.errors import UserError, WorkFailed
-from medpretrain.data.batches import Share, Stream, dataset_normalisation
+from medpretrain.data.batches import Share, Stream
+from medpretrain.data.mixture import Mixture
 from medpretrain.models.batchnorm import use_global_batchnorm
 from medpretrain.recipe import Recipe, flatten
 from medpretrain.recipe_file import dump_recipe, read_recipe
@@ -63,17 +63,17 @@ def train(recipe: Recipe, resume: Resume = "auto") -> Finished:
             anything is written.
         RunFailed: a loss that is not finite.
     """
-    if recipe.data.path is None:
+    if not recipe.data.path:
         raise UserError("the recipe names no dataset; give one, as in data.path=shards/fundus")
     with joined(recipe.device) as process, ExitStack() as stack:
         _configure(recipe, process)
-        dataset = Dataset.open(Path(recipe.data.path))
+        dataset = Mixture.open(recipe.data.path, recipe.data.weights)
         recipe = with_normalisation(recipe, dataset)
         stream = build_stream(recipe, dataset, process)
         total = recipe.train.steps or math.ceil((recipe.train.epochs or 0) * stream.steps_per_epoch)
         about = CheckpointInfo(dump_recipe(recipe), recipe.sha256, dataset.sha256, process.world)
         facts = DatasetFacts(
-            bit_depth=dataset.bit_depth, splits=dict(dataset.info.splits), label_sizes=label_sizes(recipe, dataset)
+            bit_depth=dataset.bit_depth, splits=dataset.splits, label_sizes=label_sizes(recipe, dataset)
         )
         method = build_method(recipe, facts["label_sizes"]).to(process.device)
         if process.world > 1 and recipe.train.sync_batchnorm:
@@ -96,7 +96,7 @@ def train(recipe: Recipe, resume: Resume = "auto") -> Finished:
             (run / RECIPE_FILE).write_text(about.recipe)
 
         process.agreed(open_folder)
-        reporter = stack.enter_context(_reporting(recipe, run, process, total, step))
+        reporter = stack.enter_context(_reporting(recipe, about, process, total, step))
 
         def save(step: int) -> Path:
             if process.leads:
@@ -107,15 +107,15 @@ def train(recipe: Recipe, resume: Resume = "auto") -> Finished:
         return _steps(recipe, stream, trainer, reporter, save, step, total)
 
 
-def with_normalisation(recipe: Recipe, dataset: Dataset) -> Recipe:
-    """The recipe with the dataset's own mean and std where it names none, so that they travel with the weights."""
+def with_normalisation(recipe: Recipe, dataset: Mixture) -> Recipe:
+    """The recipe with the data's own mean and std where it names none, so that they travel with the weights."""
     if recipe.data.mean is not None:
         return recipe
-    mean, std = dataset_normalisation(dataset, recipe.data.channels)
+    mean, std = dataset.normalisation(recipe.data.split, recipe.data.channels)
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"mean": mean, "std": std})})
 
 
-def build_stream(recipe: Recipe, dataset: Dataset, process: Process) -> Stream:
+def build_stream(recipe: Recipe, dataset: Mixture, process: Process) -> Stream:
     data = recipe.data
     assert data.mean is not None
     assert data.std is not None
@@ -194,13 +194,18 @@ def _start_from(run: Path, resume: Resume) -> Path | None:
 
 
 def _refuse_other(recipe: Recipe, found: CheckpointInfo, about: CheckpointInfo, path: Path) -> None:
+    if found.dataset_sha256 != about.dataset_sha256:  # first, for mean and std in the recipe follow from the data
+        paths = dict(zip(about.dataset_sha256, recipe.data.path, strict=True))
+        if paths.keys() == set(found.dataset_sha256):
+            order = ",".join(paths[sha256] for sha256 in found.dataset_sha256)
+            raise UserError(f"{path} has its datasets in another order; go on with data.path=[{order}]")
+        theirs = ", ".join(sha256[:12] for sha256 in found.dataset_sha256)
+        ours = ", ".join(f"{name} ({sha256[:12]})" for sha256, name in paths.items())
+        raise UserError(
+            f"{path} is of another dataset: it has seen {theirs}, and data.path is {ours}; set another run.dir"
+        )
     if found.recipe_sha256 != about.recipe_sha256:
         raise UserError(f"{path} is of another recipe: {_difference(recipe, found)}; set another run.dir")
-    if found.dataset_sha256 != about.dataset_sha256:
-        raise UserError(
-            f"{path} is of another dataset ({found.dataset_sha256[:12]}, and data.path={recipe.data.path} has "
-            f"{about.dataset_sha256[:12]}); set another run.dir"
-        )
 
 
 def _difference(recipe: Recipe, found: CheckpointInfo) -> str:
@@ -271,8 +276,8 @@ class _Reporter:
 
 
 @contextmanager
-def _reporting(recipe: Recipe, run: Path, process: Process, total: int, start: int) -> Iterator[_Reporter]:
-    reporter = _Reporter(recipe, start)
+def _reporting(recipe: Recipe, about: CheckpointInfo, process: Process, total: int, start: int) -> Iterator[_Reporter]:
+    reporter, run = _Reporter(recipe, start), recipe.run_dir
     if not process.leads:
         yield reporter
         return
@@ -284,7 +289,12 @@ def _reporting(recipe: Recipe, run: Path, process: Process, total: int, start: i
             recipe.tracking.uri,
             recipe.tracking.experiment,
             recipe.name,
-            {key: str(value) for key, value in flatten(recipe.resolved())} | {"recipe_sha256": recipe.sha256},
+            {
+                key: str(value)
+                for key, value in flatten(
+                    recipe.resolved() | {"recipe_sha256": about.recipe_sha256, "dataset_sha256": about.dataset_sha256}
+                )
+            },
             [run / RECIPE_FILE],
         )
         stack.push(lambda kind, *_: tracker.close(timeout_s=30.0, status="FAILED" if kind else "FINISHED"))

@@ -12,7 +12,8 @@ from PIL import Image
 from data_prep.dataset import Dataset
 from data_prep.errors import UserError
 from data_prep.images import prepare
-from medpretrain.data.batches import Share, Stream, dataset_normalisation, plain_batches, prefetched
+from medpretrain.data.batches import Share, Stream, plain_batches, prefetched
+from medpretrain.data.mixture import Mixture
 from medpretrain.data.views import Blur, Jitter, View
 
 CPU = torch.device("cpu")
@@ -32,7 +33,9 @@ def stream(folder, views=AUGMENTED, **options):
         "std": [0.3],
         "threads": 1,
     }
-    return Stream(Dataset.open(folder), views, **settings | {"device": CPU, "labels": ["class", "modality"]} | options)
+    return Stream(
+        Mixture.open([folder]), views, **settings | {"device": CPU, "labels": ["class", "modality"]} | options
+    )
 
 
 def take(one, start, count):
@@ -137,9 +140,9 @@ def test_sixteen_bits_are_kept(channels, tmp_path):
 
 
 def test_the_normalisation_of_a_dataset_fits_the_channels_asked_for(small_dataset):
-    dataset = Dataset.open(small_dataset)
-    mean, std = dataset_normalisation(dataset, 1)
-    assert dataset_normalisation(dataset, 3) == (mean * 3, std * 3)
+    dataset = Mixture.open([small_dataset])
+    mean, std = dataset.normalisation("train", 1)
+    assert dataset.normalisation("train", 3) == (mean * 3, std * 3)
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medpretrain.data.counter import hash64, normal, uniform
-from medpretrain.data.order import Order, counterparts, permute
+from medpretrain.data.order import Order, WeightedOrder, counterparts, permute
 
 sizes = st.integers(1, 3000)
 seeds = st.integers(0, 2**62)
@@ -72,6 +75,51 @@ def test_the_parts_of_the_ranks_make_the_global_batch():
         local = 24 // world
         parts = [order.places(5 * 24 + rank * local, local) for rank in range(world)]
         assert np.array_equal(np.concatenate([part.sample for part in parts]), whole.sample)
+
+
+@st.composite
+def weighted_orders(draw):
+    weights = draw(st.lists(st.integers(1, 50), min_size=1, max_size=5))
+    shares = tuple(Fraction(weight, sum(weights)) for weight in weights)
+    batch = math.ceil(1 / min(shares)) + draw(st.integers(0, 30))
+    shards = tuple(tuple(draw(st.lists(st.integers(1, 20), min_size=1, max_size=5))) for _ in weights)
+    return WeightedOrder(draw(seeds), shares, shards, batch, draw(st.integers(0, 3)))
+
+
+@given(order=weighted_orders(), first=st.integers(0, 10**9), data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_datasets_have_their_shares_of_every_batch_and_go_through_epochs_of_their_own(order, first, data):
+    steps, batch = 12, order.global_batch
+    edges = np.cumsum([0, *(sum(sizes) for sizes in order.shard_sizes)])
+    whole = order.places(0, steps * batch)
+    dataset = np.searchsorted(edges, whole.sample, side="right") - 1
+    given_by_step = np.stack([np.bincount(part, minlength=len(order.shares)) for part in dataset.reshape(steps, batch)])
+    for number, share in enumerate(order.shares):
+        assert all(abs(count - share * batch) < 2 for count in given_by_step[:, number].tolist())
+        given = np.cumsum(given_by_step[:, number]).tolist()
+        assert all(abs(count - share * batch * (step + 1)) <= 1 for step, count in enumerate(given))
+        epoch, sample = whole.epoch[dataset == number], whole.sample[dataset == number]
+        size = edges[number + 1] - edges[number]
+        assert sorted(epoch.tolist()) == [place // size for place in range(len(epoch))]
+        for one in range(epoch.max()):  # all but the last, which has not ended
+            assert sorted(sample[epoch == one].tolist()) == list(range(edges[number], edges[number + 1]))
+        assert len(np.unique(sample[epoch == epoch.max()])) == (epoch == epoch.max()).sum()
+    start = data.draw(st.integers(0, steps * batch - 1))
+    count = data.draw(st.integers(1, steps * batch - start))
+    for part, all_of_them in zip(order.places(start, count), whole, strict=True):
+        assert np.array_equal(part, all_of_them[start : start + count])
+    far = order.step(first, batch)  # no walk from the beginning, and no overflow
+    assert np.array_equal(order.places((first + 1) * batch - 1, 1).sample, far.sample[-1:])
+
+
+def test_equal_datasets_are_shuffled_differently_and_ranks_meet_each():
+    order = WeightedOrder(0, (Fraction(1, 2), Fraction(1, 2)), ((500,), (500,)), 100)
+    sample = order.places(0, 1000).sample
+    one, two = sample[sample < 500], sample[sample >= 500] - 500
+    assert sorted(one.tolist()) == sorted(two.tolist()) == list(range(500))
+    assert (one == two).sum() < 10
+    quarters = [np.split(order.step(step, 100).sample >= 500, 4) for step in range(10)]
+    assert all(0 < of_rank.sum() < 25 for of_ranks in quarters for of_rank in of_ranks)
 
 
 @given(count=st.integers(2, 200), seed=seeds, step=st.integers(0, 10**9))

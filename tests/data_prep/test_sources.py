@@ -252,7 +252,7 @@ def test_a_bad_split_is_refused(text: str) -> None:
         ("cat: CT\n", r"line 1: must be a map"),
         ("cat: {modality: CT\n", r"line 2"),
         ("cat: {modality: CT}\ncat: {modality: MR}\n", r"line 2.*duplicate"),
-        ("[]\n", r"must map each class"),
+        ("[]\n", r"must be a mapping"),
     ],
 )
 def test_labels_file_errors_name_the_line(tmp_path: Path, text: str, message: str) -> None:

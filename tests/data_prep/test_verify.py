@@ -5,17 +5,25 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from data_prep import verify_readers
 from data_prep.cli import app
+from data_prep.dataset import canonical, checksum, file_sha256
 from data_prep.errors import UserError
 from data_prep.images import prepare
 from data_prep.verify import verify
+
+Draw = Callable[..., bytes]
 
 
 @pytest.fixture
@@ -53,6 +61,31 @@ def test_only_missing_dataset_json_is_a_problem_and_no_dataset_an_error(dataset:
     assert [str(problem) for problem in verify(dataset)] == ["dataset.json: is missing"]
     with pytest.raises(UserError, match="is no prepared dataset"):
         verify(tree)
+
+
+@pytest.mark.parametrize("how", [{"resize": 20}, {"trust_images": True}, {"resize": 20, "trust_images": True}, {}])
+def test_images_that_are_known_by_their_bytes_are_checked_too(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, draw: Draw, how: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(verify_readers, "installed", lambda reader: False)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    (tree / "cat" / "turned.jpg").write_bytes(draw(90, "JPEG", mode="RGB", exif=turned))
+    (tree / "cat" / "plain.bmp").write_bytes(draw(91, "BMP"))
+    prepare(tree, tmp_path / "out", labels=None, **how)
+    assert verify(tmp_path / "out") == []
+    index = tmp_path / "out" / "index.parquet"
+    rows = pq.read_table(index).to_pylist()
+    for row in rows:
+        row["digest"] = bytes([row["digest"][0] ^ 1]) + row["digest"][1:]
+    pq.write_table(pa.Table.from_pylist(rows, schema=pq.read_schema(index)), index)
+    content = json.loads((tmp_path / "out" / "dataset.json").read_bytes())
+    content["index_sha256"] = file_sha256(index)
+    content["checksum"] = checksum(content)
+    (tmp_path / "out" / "dataset.json").write_bytes(canonical(content))
+    (found,) = verify(tmp_path / "out")
+    assert "has other pixels" in found.message
+    assert "and 25 more images" in found.message
 
 
 def test_processes_find_what_one_finds(dataset: Path) -> None:

@@ -20,23 +20,18 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data_prep import verify_readers, verify_shard
+from data_prep import verify_readers
 from data_prep.dataset import canonical, checksum, file_sha256, index_schema
-from data_prep.fingerprint import fingerprint
 from data_prep.images import FileReader, Images
 from data_prep.options import Options, Running
 from data_prep.prepare import prepare
-from data_prep.samples import Sample, from_array, from_bytes
+from data_prep.samples import from_array
 from data_prep.shard import ShardWriter, members
 from data_prep.verify import verify
 from data_prep.work import Picture
 
 Draw = Callable[..., bytes]
 Row = dict[str, Any]
-
-
-def fingerprinted(sample: Sample) -> Sample:
-    return sample._replace(fingerprint=fingerprint(Image.open(io.BytesIO(sample.data))))
 
 
 class ScanReader(FileReader):
@@ -48,13 +43,13 @@ class ScanReader(FileReader):
         who = {"study": f"s{patient}", "series": f"r{patient}", "instance": f"i{patient}-{len(name)}-{hash_of(name)}"}
         about = {"Rows": picture.sample.height}
         if hash_of(name) % 5:
-            yield Picture(fingerprinted(picture.sample), **who, about=about)
+            yield Picture(picture.sample, **who, about=about)
             return
-        yield Picture(fingerprinted(picture.sample), **who, frame=0, about=about)
+        yield Picture(picture.sample, **who, frame=0, about=about)
         pixels = np.full((20, 30), hash_of(name) % 251, np.uint8)
         pixels[5:9, 3:7] = 255
         pixels[0, :8] = list(hash_of(name).to_bytes(8, "big"))
-        yield Picture(fingerprinted(from_array(pixels)), **who, frame=1, about=about)
+        yield Picture(from_array(pixels), **who, frame=1, about=about)
 
 
 def hash_of(name: bytes) -> int:
@@ -71,7 +66,6 @@ def dataset(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     """24 pictures of 10 patients in three splits, and three in quarantine."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)
     monkeypatch.setattr(verify_readers, "installed", lambda reader: False)
-    monkeypatch.setattr(verify_shard, "from_bytes", lambda data: fingerprinted(from_bytes(data)))
     for number, data in enumerate((b"", b"nothing", b"")):
         (tree / "cat" / f"{100 + number}_bad.png").write_bytes(data)
     kind = Scans(tree, None, None, r"(\d+)_", None, False, None)

@@ -12,6 +12,7 @@ from torch import nn
 from data_prep.errors import UserError
 from medpretrain.data.batches import Batch
 from medpretrain.data.order import counterparts
+from medpretrain.losses.contrastive import nt_xent
 from medpretrain.methods import METHODS, method_class
 from medpretrain.methods.amimv import Amimv, AmimvOptions
 from medpretrain.methods.base import Progress
@@ -166,6 +167,16 @@ def test_mul_sup_con_pulls_by_modality_and_anatomy():
     assert not torch.isclose(first, second)
     assert outputs["z"].shape == (4, 2, 6)
     torch.testing.assert_close(outputs["z"][:, 1], method.backbone(views["crop"][1]))
+
+
+def test_images_without_any_label_are_pulled_to_their_own_views_alone():
+    torch.manual_seed(0)
+    method = ModAnMulSupCon(MulSupConOptions(), Flat(), {"modality": 2, "anatomy": 3})
+    outputs = method({"crop": [images(4), images(4)]})
+    z = outputs["z"].transpose(0, 1)
+    unknown = torch.tensor([-1, -1, -1, -1])
+    found = method.loss(outputs, batch(4, {"modality": unknown, "anatomy": unknown}), progress())
+    torch.testing.assert_close(found, nt_xent(z, temperature=0.07))
 
 
 @pytest.mark.parametrize("name", METHODS)

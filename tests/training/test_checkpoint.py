@@ -17,7 +17,7 @@ from data_prep.errors import UserError
 from medpretrain.training import checkpoint
 from medpretrain.training.checkpoint import CheckpointError, CheckpointInfo, load, newest, save, verify
 
-ABOUT = CheckpointInfo(recipe="seed: 1\nname: ü\n", recipe_sha256="a" * 64, dataset_sha256="b" * 64, world_size=2)
+ABOUT = CheckpointInfo(recipe="seed: 1\nname: ü\n", recipe_sha256="a" * 64, dataset_sha256=("b" * 64,), world_size=2)
 
 
 def state(seed=0):
@@ -55,8 +55,15 @@ def test_a_round_trip_is_identical_to_the_bit(tmp_path):
     assert info == verify(path) == dataclasses.replace(ABOUT, step=1234)
     assert newest(tmp_path) == path
     manifest = json.loads((path / "manifest.json").read_text())
-    assert manifest["format"] == 1
+    assert manifest["format"] == 2
     assert manifest["files"]["state.pt"]["bytes"] == (path / "state.pt").stat().st_size
+
+
+def test_a_checkpoint_of_format_1_which_knew_one_dataset_is_still_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "FORMAT", 1)
+    path = save(tmp_path, 1, state(), dataclasses.replace(ABOUT, dataset_sha256="b" * 64), keep=1)
+    monkeypatch.undo()
+    assert load(path)[1] == dataclasses.replace(ABOUT, step=1)
 
 
 def test_an_optimizer_comes_back_from_a_checkpoint(tmp_path):
@@ -216,7 +223,7 @@ def test_every_byte_of_the_manifest_counts(tmp_path):
         (lambda p: (p / "more").mkdir(), r"more is no part"),
         (lambda p: os.truncate(p / "state.pt", 9), r"state.pt has 9 bytes"),
         (lambda p: (p / "manifest.json").write_text("[]"), r"not a JSON object"),
-        (lambda p: (p / "manifest.json").write_text('{"format": 2}'), r"newer medpretrain"),
+        (lambda p: (p / "manifest.json").write_text('{"format": 3}'), r"newer medpretrain"),
         (lambda p: shutil.rmtree(p), r"there is no checkpoint at"),
     ],
 )
@@ -299,7 +306,7 @@ import torch
 from medpretrain.training.checkpoint import CheckpointInfo, _committed, save, verify
 
 run, pick = Path(sys.argv[1]), random.Random(int(sys.argv[2]))
-about = CheckpointInfo("r", "a", "b", 1)
+about = CheckpointInfo("r", "a", ("b",), 1)
 step, leftovers, left_aside = 1, 0, 0
 for kill in range(30):
     delay = pick.uniform(0.01, 0.08)

@@ -14,6 +14,7 @@ import time
 import pytest
 import torch
 
+from data_prep.dataset import Dataset
 from medpretrain.training import checkpoint
 from medpretrain.training.metrics_log import read_metrics
 
@@ -30,11 +31,11 @@ OPTIONS = {
 }
 
 
-def recipe(folder, method, dataset):
+def recipe(folder, method, dataset, weights=""):
     path = folder / f"{method}.yaml"
     path.write_text(f"""\
 name: {method}
-data: {{path: {dataset}, channels: 1, labels: [modality, anatomy], trace: true, threads: 1}}
+data: {{path: {dataset}, {weights} channels: 1, labels: [modality, anatomy], trace: true, threads: 1}}
 backbone: {{name: {"vit_tiny_patch16_224" if method == "dino" else "test_resnet"}, drop_path: 0.2}}
 views: {VIEWS[method]}
 method: {{name: {method}, {OPTIONS[method]}}}
@@ -138,21 +139,25 @@ def test_a_killed_and_resumed_run_is_bit_identical_to_an_undisturbed_one(method,
 
 
 @pytest.mark.distributed
-def test_after_two_ranks_one_goes_on_with_the_same_samples_and_augmentations(tmp_path, small_dataset):
+def test_after_two_ranks_one_goes_on_with_the_same_samples_and_augmentations(tmp_path, small_dataset, colour_dataset):
     seed = random.randrange(10**6)
     at = random.Random(seed).randrange(3, STEPS - 2)
     print(f"seed {seed}: killed after step {at}")
-    chosen = recipe(tmp_path, "modan_mulsupcon", small_dataset)
+    chosen = recipe(tmp_path, "modan_mulsupcon", f"[{small_dataset}, {colour_dataset}]", "weights: [3, 1],")
     end(start(chosen, tmp_path / "whole", world=2))
     kill_after(start(chosen, tmp_path / "changed", world=2), tmp_path / "changed", at)
     end(start(chosen, tmp_path / "changed", world=1))
 
     whole, changed = seen(tmp_path / "whole"), seen(tmp_path / "changed")
     assert changed == whole
-    samples = sorted(sample for _, epoch, sample in changed if epoch == 0)
-    assert len(samples) == len(set(samples)), "a sample was seen twice in an epoch"
     assert len(changed) == STEPS * BATCH
-    assert len({epoch for _, epoch, _ in changed}) >= 2
-    last = max(epoch for _, epoch, _ in changed)
-    rows = {sample for _, epoch, sample in changed if epoch < last}
-    assert all({sample for _, epoch, sample in changed if epoch == one} == rows for one in range(last))
+    second = len(Dataset.open(small_dataset))  # the first row of the second dataset
+    parts = [[place for place in changed if (place[2] >= second) == other] for other in (False, True)]
+    assert [len(part) for part in parts] == [STEPS * BATCH * 3 / 4, STEPS * BATCH / 4]
+    for part in parts:
+        samples = [sample for _, epoch, sample in part if epoch == 0]
+        assert len(samples) == len(set(samples)), "a sample was seen twice in an epoch"
+        last = max(epoch for _, epoch, _ in part)
+        assert last >= 1
+        rows = {sample for _, epoch, sample in part if epoch < last}
+        assert all({sample for _, epoch, sample in part if epoch == one} == rows for one in range(last))
