@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import typer
 
-from data_prep.dicom.source import Dicom
 from data_prep.errors import UserError
 from data_prep.images import Images
 from data_prep.labels import VOCABULARIES
@@ -166,6 +165,8 @@ def dicom_command(
     hashes. What may show who the patient is goes to quarantine; see it with 'prep review'. No tool finds everything:
     look before you share.
     """
+    from data_prep.dicom.source import Dicom  # pydicom and its decoders take seconds to load
+
     if key_file is None:
         raise UserError("prep dicom makes pseudonyms with a key: give --key-file, or make one with 'prep key FILE'")
     kind = Dicom(source, key_file, profile, anatomy, reviewed, window, bits, image_format, resize)  # type: ignore[arg-type]

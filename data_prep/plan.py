@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
@@ -166,7 +167,10 @@ def write_plan(
     else:
         split_ids = np.zeros(len(source), np.int64)
     _refuse_shared_patients(source, split_ids, wanted, base.patients or {})
-    order = np.lexsort((_hashes(values(source.names), len(source), seed, b"order"), split_ids))
+    named = source.names
+    if source.instances is not None:  # which stay where they are when an export is made again, with other file names
+        named = pc.coalesce(source.instances.cast(named.type), named)
+    order = np.lexsort((_hashes(values(named), len(source), seed, b"order"), split_ids))
     pseudonyms = _pseudonyms(source, seed)
     numbers = np.arange(len(source)) if source.numbers is None else source.numbers
     frames = np.ones(len(source), np.int64) if source.frames is None else source.frames
@@ -264,7 +268,7 @@ def _pseudonyms(source: Source, seed: int) -> pa.DictionaryArray:
 
 
 def _drawn(source: Source, split: Mapping[str, float], names: list[str], seed: int, growing: bool) -> np.ndarray:
-    """The split of each image, by the hash of its patient; where unknown, of its group, else of its name."""
+    """The split of each image, by the hash of its group; where unknown, of its patient, else of its name."""
     edges = np.cumsum([split[name] for name in names])[:-1]
 
     def drawn(units: Iterable[bytes], count: int) -> np.ndarray:
@@ -272,7 +276,7 @@ def _drawn(source: Source, split: Mapping[str, float], names: list[str], seed: i
 
     # A prefix keeps a patient and a file of the same name apart.
     result = drawn((b"image:" + name for name in values(source.names)), len(source))
-    for column, prefix in ((source.groups, b"group:"), (source.patients, b"patient:")):
+    for column, prefix in ((source.patients, b"patient:"), (source.groups, b"group:")):
         if column is not None and len(column.dictionary):
             words = _encoded(column.dictionary.to_pylist())
             by_word = drawn((prefix + word for word in words), len(words))

@@ -38,7 +38,7 @@ class Source:
         splits: (N,) dictionary of text, or None where the source brings no split.
         labels: label columns by name.
         place: says where image i stands, for an error message.
-        groups: (N,) dictionary: what stays in one split where the patient is unknown, such as a study.
+        groups: (N,) dictionary: what stays in one split, such as a patient with all studies; the patient where null.
         frames: (N,) int32 images in each file, None for one.
         instances: (N,) text: DICOM's instance as a pseudonym, or None.
         numbers: (N,) int64: each image's number among all that were found, None where none was set aside.

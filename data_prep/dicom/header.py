@@ -31,6 +31,7 @@ from pydicom.multival import MultiValue
 from pydicom.sequence import Sequence as DicomSequence
 from pydicom.tag import BaseTag
 
+from data_prep.errors import UserError
 from data_prep.quarantine import Rejected
 
 # What pydicom raises on bytes that are no DICOM; a fuzz test looks for more.
@@ -68,6 +69,18 @@ def silenced() -> Iterator[None]:
             yield
         finally:
             logger.disabled = before
+
+
+@contextmanager
+def wordless() -> Iterator[None]:
+    """Let an error that nobody foresaw end the run without its text, which a library may have taken from the file."""
+    try:
+        yield
+    except (Rejected, UserError):
+        raise
+    except Exception as error:
+        problem = RuntimeError(f"{type(error).__name__} on a DICOM file; its text is left out, for it may quote the file")
+        raise problem.with_traceback(error.__traceback__) from None
 
 
 @cache

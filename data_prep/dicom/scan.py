@@ -52,6 +52,8 @@ class Scanned:
     Attributes:
         name: the file's name as `walk` gave it; private.
         identity: whose it is, in pseudonyms.
+        person: the pseudonym of PatientID alone. Some files of a patient may lack the issuer, which parts the patient's
+            pseudonym in two; this one stays, so it decides the split.
         frames: how many images it holds, at least 1.
         modality: id in the vocabulary, -1 unknown.
         anatomy: id in the vocabulary, -1 unknown.
@@ -61,6 +63,7 @@ class Scanned:
 
     name: bytes
     identity: Identity
+    person: str | None
     frames: int
     modality: int
     anatomy: int
@@ -112,6 +115,7 @@ def scan(
     return Scanned(
         name,
         identity,
+        pseudonyms.patient(identifier(dataset, "PatientID")),
         frames,
         modality_id(dataset),
         anatomy.id,

@@ -23,13 +23,13 @@ from data_prep.dataset import QUARANTINE_SCHEMA
 from data_prep.dataset_info import Deidentification
 from data_prep.dicom.anatomy import AnatomyTable, load_table, locate, modality_id
 from data_prep.dicom.gate import gate
-from data_prep.dicom.header import read_whole, silenced
+from data_prep.dicom.header import read_whole, silenced, wordless
 from data_prep.dicom.pixels import frames
 from data_prep.dicom.profile import Profile, load_profile
 from data_prep.dicom.pseudonyms import Pseudonyms, load_key
 from data_prep.dicom.record import describe
 from data_prep.dicom.scan import ScanRejected, identify, scan
-from data_prep.dicom.walk import opened, read, shown, walk
+from data_prep.dicom.walk import opened, read, walk
 from data_prep.dicom.windows import WindowChoice, parse_window
 from data_prep.errors import UserError
 from data_prep.labels import UNKNOWN, VOCABULARIES, LabelColumn
@@ -83,7 +83,7 @@ class DicomReader:
     def read(self, name: bytes, measure: bool) -> Iterable[Picture]:
         rules = self.rules
         data = read(rules.root, name)
-        with silenced():
+        with silenced(), wordless():
             dataset = read_whole(data)
             identity = identify(dataset, _pseudonyms(rules.key_file))
             try:
@@ -189,7 +189,10 @@ class Dicom:
         }
 
     def request(self) -> dict[str, Any]:
-        return {"path": str(self.source.resolve()), "key_id": _pseudonyms(self.rules.key_file).key_id}
+        source = self.source.resolve()
+        if source in (self.rules.key_file, *self.rules.key_file.parents):
+            raise UserError(f"the key file {self.key_file} lies in the export {self.source}; keep it elsewhere")
+        return {"path": str(source), "key_id": _pseudonyms(self.rules.key_file).key_id}
 
     def deidentification(self) -> Deidentification:
         profile = self.rules.profile
@@ -239,6 +242,7 @@ _SCANNED = pa.schema(
         pa.field("number", pa.int64()),
         pa.field("name", pa.large_binary()),
         pa.field("patient", pa.string()),
+        pa.field("person", pa.string()),
         pa.field("study", pa.string()),
         pa.field("series", pa.string()),
         pa.field("instance", pa.string()),
@@ -260,7 +264,7 @@ def scan_chunk(rules: Rules, chunk: tuple[int, list[bytes]]) -> pa.Table:
     for number, name in enumerate(names, start):
         row: dict[str, Any] = {"number": number, "name": name}
         try:
-            with opened(rules.root, name) as file:
+            with wordless(), opened(rules.root, name) as file:
                 found = scan(file, name, _pseudonyms(rules.key_file), rules.profile, rules.table, rules.reviewed)
         except ScanRejected as reason:
             row |= {**reason.identity._asdict(), "reason": reason.code, "message": reason.message}
@@ -270,6 +274,7 @@ def scan_chunk(rules: Rules, chunk: tuple[int, list[bytes]]) -> pa.Table:
             source = UNKNOWN if found.anatomy_source is None else ANATOMY_SOURCES.index(found.anatomy_source)
             row |= {
                 **found.identity._asdict(),
+                "person": found.person,
                 "frames": found.frames,
                 "modality": found.modality,
                 "anatomy": found.anatomy,
@@ -315,7 +320,7 @@ def scanned(rules: Rules, engine: Engine, report: Callable[[int, int | None], No
         "anatomy": label("anatomy", VOCABULARIES["anatomy"], header),
         "anatomy_source": label("anatomy_source", ANATOMY_SOURCES, header),
     }
-    names = table.column("name").combine_chunks()
+    names, instances = (table.column(name).combine_chunks() for name in ("name", "instance"))
     faces = int(np.count_nonzero(table.column("face_risk").to_numpy()))
     source = Source(
         "dicom",
@@ -324,11 +329,12 @@ def scanned(rules: Rules, engine: Engine, report: Callable[[int, int | None], No
         words("patient"),
         None,
         labels,
-        lambda i: shown(names[i].as_py()),
+        # A file's name may say who the patient is, and a message may be logged.
+        lambda i: f"instance {instances[i].as_py()}",
         keyed=True,
-        groups=words("study"),
+        groups=_groups(table.column("person").to_pylist(), table.column("study").to_pylist()),
         frames=table.column("frames").to_numpy(),
-        instances=table.column("instance").combine_chunks(),
+        instances=instances,
         numbers=table.column("number").to_numpy(),
         rejected=rejected,
         notes=(_FACES.format(faces),) if faces else (),
@@ -340,6 +346,26 @@ _FACES = (
     "{} files are CT, MR or PET of the head, or of an unknown region: a face can be rebuilt from such a series, "
     "and nothing was done about it (option 113102 is not claimed)"
 )
+
+
+def _groups(persons: list[str | None], studies: list[str | None]) -> pa.DictionaryArray:
+    """What may not be parted by a split: files of one PatientID, and of one study, and so on from each to the next.
+
+    A group goes by its least person, so that it falls into the same split as when that person stands alone.
+    """
+    above: dict[str, str] = {}
+
+    def top(name: str) -> str:
+        while (higher := above.setdefault(name, name)) != name:
+            above[name] = name = above[higher]
+        return name
+
+    for person, study in zip(persons, studies, strict=True):
+        if person is not None and study is not None:
+            one, two = top(person), top(study)
+            above[max(one, two)] = min(one, two)  # persons begin with p, before s
+    either = (study if person is None else person for person, study in zip(persons, studies, strict=True))
+    return Words().extend(None if name is None else top(name) for name in either).column()
 
 
 def _chunks(names: Iterator[bytes]) -> Iterator[tuple[int, list[bytes]]]:

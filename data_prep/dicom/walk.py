@@ -43,7 +43,13 @@ def walk(root: Path) -> Iterator[bytes]:
         UserError: nothing there, or a folder that cannot be read.
     """
     if root.is_dir():
-        yield from _folder(os.fsencode(root), b"", ())
+        try:
+            yield from _folder(os.fsencode(root), b"", ())
+        except OSError as error:
+            raise UserError(
+                f"{root}, or a folder in it, cannot be read: {error.strerror}; its name may be a patient's, so look for "
+                f"it yourself: find {root} -type d ! -readable"
+            ) from None
     elif not root.exists():
         raise UserError(f"{root} does not exist")
     elif _is_dicomdir(os.fsencode(root.name)):
@@ -138,22 +144,20 @@ def _reason(error: Exception, name: bytes) -> Rejected:
 
 
 def _folder(path: bytes, prefix: bytes, above: Places) -> Iterator[bytes]:
-    try:
-        status = os.stat(path)
-        here = (status.st_dev, status.st_ino)
-        if here in above:
-            return
-        with os.scandir(path) as scan:
-            entries = sorted((entry for entry in scan if not entry.name.startswith(b".")), key=lambda entry: entry.name)
-    except OSError as error:
-        raise UserError(f"{os.fsdecode(path)}: {error.strerror}") from None
+    status = os.stat(path)
+    here = (status.st_dev, status.st_ino)
+    if here in above:
+        return
+    with os.scandir(path) as scan:
+        entries = sorted((entry for entry in scan if not entry.name.startswith(b".")), key=lambda entry: entry.name)
     for entry in entries:
         name = prefix + entry.name
-        if entry.is_dir():
+        # A link in a circle is no folder, and no reason to stop.
+        if entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path)):
             yield from _folder(entry.path, name + b"/", (*above, here))
         else:
             yield from _file(entry.path, name)
-            if _is_dicomdir(entry.name) and entry.is_file():
+            if _is_dicomdir(entry.name) and os.path.isfile(entry.path):
                 yield from dict.fromkeys(prefix + missing for missing, there in _listed(path, entry.path) if not there)
 
 

@@ -89,18 +89,36 @@ _OF_KEPT = _words(
     MagneticFieldStrength SpacingBetweenSlices ImagerPixelSpacing PatientSex PatientAge
     """
 )
+_IDENTITY = ("PatientID", "IssuerOfPatientID", "StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")
+_ROWS, _COLUMNS = 48, 64
+_FRAMES = {"enhanced MR": 3}
+_SCAN = (4, 12, 59, 43)  # of an ultrasound image: left, top, right, bottom
 _DECIDING = {"ImageType", "SOPClassUID", "Modality", "ConversionType", "SpecificCharacterSet", "NumberOfFrames"}
 
 
 @dataclass(frozen=True)
 class Planted:
-    """A file: its name with folders, its bytes, every secret in every encoding, and whether it may be sharded."""
+    """A file, its secrets, and what should become of it.
+
+    Attributes:
+        name: with folders.
+        data: its bytes.
+        sentinels: every secret in every encoding, those of the name included.
+        kind: of KINDS.
+        accepted: it may be sharded.
+        values: the secrets of the header as they were written, whole: what a bare hash would be taken of.
+        of_name: those of `sentinels` that stand in the name alone.
+        identity: PatientID, IssuerOfPatientID, StudyInstanceUID, SeriesInstanceUID, SOPInstanceUID.
+    """
 
     name: str
     data: bytes
     sentinels: tuple[bytes, ...]
     kind: str
     accepted: bool
+    values: tuple[str, ...] = ()
+    of_name: frozenset[bytes] = frozenset()
+    identity: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return f"Planted({self.kind!r}, {len(self.data)} bytes, {len(self.sentinels)} sentinels)"
@@ -154,14 +172,33 @@ def plant(
         config.settings.writing_validation_mode = config.IGNORE
         try:
             dataset = _dataset(secrets, kind, character_set, syntax, in_kept)
+            identity = tuple(str(dataset[keyword].value) for keyword in _IDENTITY)
             data = _written(dataset, syntax, headless and syntax != DeflatedExplicitVRLittleEndian)
         finally:
             config.settings.writing_validation_mode = writing
     if unknown_character_set and character_set == "ISO_IR 100":
         token = secrets.token()
         data = data.replace(b"ISO_IR 100", token.encode())
+    inside = len(secrets.known)
     name = f"{secrets.text()}/{secrets.token()}/{secrets.text()}.dcm"
-    return Planted(name, data, tuple(dict.fromkeys(secrets.known)), kind, KINDS[kind][2])
+    sentinels = tuple(dict.fromkeys(secrets.known))
+    of_name = frozenset(secrets.known[inside:])
+    return Planted(name, data, sentinels, kind, KINDS[kind][2], tuple(secrets.values), of_name, identity)
+
+
+def pictures(kind: str) -> list[np.ndarray]:
+    """The 8-bit images that an accepted file of a kind becomes, by the equations of the standard."""
+    ramp = np.add.outer(np.arange(_ROWS), np.arange(_COLUMNS))
+    if KINDS[kind][1] in ("US", "OP"):
+        colour = np.stack([ramp, ramp * 2, 255 - ramp], axis=-1)
+        left, top, right, bottom = _SCAN
+        return [colour[top : bottom + 1, left : right + 1] if kind == "US" else colour]
+    found = []
+    for frame in range(_FRAMES.get(kind, 1)):
+        values = ramp * 16 + frame - (1024 if kind == "CT" else 0)
+        gray = np.rint(np.clip((values - (800 - 0.5)) / (1600 - 1) + 0.5, 0, 1) * 255)
+        found.append(255 - gray if kind == "CR" else gray)
+    return found
 
 
 class _Secrets:
@@ -171,6 +208,7 @@ class _Secrets:
         self.random = random.Random(seed)
         self.codec, self.letters = CHARACTER_SETS[character_set]
         self.known: list[bytes] = []
+        self.values: list[str] = []
 
     def token(self) -> str:
         token = "ZQ" + "".join(self.random.choices("BCDFGHJKLMNPRSTVWXZ", k=8))
@@ -203,6 +241,12 @@ class _Secrets:
         return time
 
     def value(self, vr: str) -> str | bytes:
+        value = self._value(vr)
+        if isinstance(value, str):
+            self.values.append(value)
+        return value
+
+    def _value(self, vr: str) -> str | bytes:
         if vr == "PN":
             return f"{self.text()}^{self.text()}"
         if vr == "UI":
@@ -241,7 +285,7 @@ def _dataset(secrets: _Secrets, kind: str, character_set: str, syntax: str, in_k
     _private(dataset, secrets)
     _graphics(dataset, secrets)
     _kept(dataset, secrets, in_kept)
-    _image(dataset, kind, syntax)
+    _image(dataset, secrets, kind, syntax)
     return dataset
 
 
@@ -321,7 +365,7 @@ def _kept(dataset: Dataset, secrets: _Secrets, wrong: bool) -> None:
         dataset.SliceThickness, dataset.PatientSex, dataset.PatientAge = "1.5", "F", "047Y"
 
 
-def _image(dataset: Dataset, kind: str, syntax: str) -> None:
+def _image(dataset: Dataset, secrets: _Secrets, kind: str, syntax: str) -> None:
     uid, modality, _ = KINDS[kind]
     dataset.SOPClassUID, dataset.Modality, dataset.ImageType = uid, modality, ["ORIGINAL", "PRIMARY"]
     if kind in ("OP", "burned in"):
@@ -329,10 +373,9 @@ def _image(dataset: Dataset, kind: str, syntax: str) -> None:
     if kind == "SR":
         return
     colour = modality in ("US", "OP")
-    frames = 3 if kind == "enhanced MR" else 1
-    rows, columns = 48, 64
-    ramp = np.add.outer(np.arange(rows), np.arange(columns))
-    dataset.Rows, dataset.Columns, dataset.SamplesPerPixel = rows, columns, 3 if colour else 1
+    frames = _FRAMES.get(kind, 1)
+    ramp = np.add.outer(np.arange(_ROWS), np.arange(_COLUMNS))
+    dataset.Rows, dataset.Columns, dataset.SamplesPerPixel = _ROWS, _COLUMNS, 3 if colour else 1
     dataset.PixelRepresentation = 0
     if colour:
         dataset.PhotometricInterpretation, dataset.PlanarConfiguration = "RGB", 0
@@ -342,18 +385,21 @@ def _image(dataset: Dataset, kind: str, syntax: str) -> None:
         dataset.PixelSpacing = ["0.5", "0.5"]
         dataset.WindowCenter, dataset.WindowWidth = "800", "1600"
         order = ">" if syntax == ExplicitVRBigEndian else "<"
-        pixels = np.stack([ramp * 16 + frame for frame in range(frames)]).astype(f"{order}u2")
+        # In the upper bits of each cell lies an overlay, as files before 2004 have it.
+        overlay = np.random.default_rng(secrets.random.randrange(2**32)).integers(0, 16, (frames, *ramp.shape))
+        pixels = np.stack([ramp * 16 + frame for frame in range(frames)]) | overlay << 12
+        pixels = pixels.astype(f"{order}u2")
     if kind in ("CT", "burned in"):
         dataset.RescaleSlope, dataset.RescaleIntercept, dataset.RescaleType = "1", "-1024", "HU"
     if frames > 1:
         dataset.NumberOfFrames = frames
-    bits = 8 if colour else 16
-    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = bits, bits, bits - 1
+    bits, stored = (8, 8) if colour else (16, 12)
+    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = bits, stored, stored - 1
     if kind == "US":
         scan = Dataset()
         scan.RegionSpatialFormat, scan.RegionDataType = 1, 1
-        scan.RegionLocationMinX0, scan.RegionLocationMinY0 = 4, 12
-        scan.RegionLocationMaxX1, scan.RegionLocationMaxY1 = 59, 43
+        scan.RegionLocationMinX0, scan.RegionLocationMinY0 = _SCAN[:2]
+        scan.RegionLocationMaxX1, scan.RegionLocationMaxY1 = _SCAN[2:]
         dataset.SequenceOfUltrasoundRegions = [scan]
     dataset.add_new(0x7FE00010, "OB" if bits == 8 else "OW", pixels.tobytes())
 

@@ -39,13 +39,15 @@ def test_every_file_is_named_once_in_the_order_of_its_bytes(tmp_path):
     (tmp_path / "b" / "up").symlink_to(tmp_path)
     (tmp_path / "link").symlink_to(tmp_path / "b")
     (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    (tmp_path / "self").symlink_to(tmp_path / "self")
     names = list(walk(tmp_path))
     inner = [b"IM1", b"IM10.dcm", b"M\xfcller"]
-    expected = [b"a.x", *(b"b/" + name for name in inner), *(b"link/" + name for name in inner), b"nowhere", b"z"]
+    expected = [b"a.x", *(b"b/" + name for name in inner), *(b"link/" + name for name in inner), b"nowhere", b"self", b"z"]
     assert names == expected
     assert read(tmp_path, b"b/M\xfcller") == b"odd"
     assert shown(b"b/M\xfcller") == "b/M\\xfcller"
     assert reason(tmp_path, b"nowhere") == "missing"
+    assert reason(tmp_path, b"self") == "unreadable"
 
 
 def test_members_of_archives_are_named_and_read_whatever_the_extension(tmp_path):
@@ -157,5 +159,5 @@ def test_a_folder_that_cannot_be_read_stops_the_walk(tmp_path, monkeypatch):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(UserError, match="closed: Permission denied"):
+    with pytest.raises(UserError, match="or a folder in it, cannot be read: Permission denied"):
         list(walk(tmp_path))
