@@ -17,6 +17,7 @@ from data_prep.cli_prepare import COMMANDS, Out, Workers
 from data_prep.dataset import Dataset
 from data_prep.dicom.pseudonyms import write_key
 from data_prep.progress import progress
+from data_prep.review import review
 from data_prep.stats import stats
 from data_prep.verify import verify
 
@@ -72,6 +73,28 @@ def stats_command(
     console = Console(file=sys.stdout)
     for table in _tables(found):
         console.print(table)
+
+
+@app.command("review")
+def review_command(
+    out: Annotated[str, typer.Argument(help="The dataset, a folder or a URL.", show_default=False)],
+    images: Annotated[int, typer.Option(help="The most pictures of kept images, and of each reason.")] = 200,
+    seed: Annotated[int, typer.Option(help="Of their choice.")] = 0,
+    private: Annotated[
+        Path | None, typer.Option(help="Where the link table is, OUT.private if not given; needed for a URL.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="The page, review.html beside the link table if not given.")] = None,
+) -> None:
+    """Write a page of what was kept and what was set aside, for a human to sign before the dataset leaves.
+
+    It shows pictures of what was set aside, names in them too, so it is private. Burned-in text that is none can be
+    approved there: the page saves a reviewed.csv for 'prep dicom --reviewed'.
+    """
+    found = review(out, private, html, images, seed)
+    typer.echo(
+        f"{found.path}: {found.kept} kept images, {found.set_aside} set aside, of which a human may approve "
+        f"{found.liftable}; it may show names, so keep it where it is"
+    )
 
 
 def _tables(found: dict[str, Any]) -> Iterator[Table]:

@@ -153,7 +153,7 @@ def _keep_shards(staging: Staging, previous: Previous) -> None:
 
 def _quarantine(staging: Staging, plan: PlanFile, records: Records, previous: Previous | None) -> pa.Table:
     """Everything that was set aside, by its number in the source."""
-    tables = [pq.read_table(staging.state / PLAN_REJECTED).cast(QUARANTINE_SCHEMA)]
+    tables = [pq.read_table(staging.state / PLAN_REJECTED, columns=QUARANTINE_SCHEMA.names).cast(QUARANTINE_SCHEMA)]
     rows = pq.ParquetFile(staging.state / PLAN_ROWS)
     for number, job in enumerate(plan.jobs):
         _, rejected = records.said(number)
@@ -166,7 +166,9 @@ def _quarantine(staging: Staging, plan: PlanFile, records: Records, previous: Pr
 
 
 def _write_links(staging: Staging, plan: PlanFile, records: Records, previous: Previous | None) -> None:
-    """The private table: a row a source in plan order, with its key or the reason it was left out."""
+    """The private table: a row a source, with its key or the reason it was left out; those of the plan in its order,
+    then those that were set aside before it.
+    """
     root = plan.request["source_root"]
     schema = pa.schema(
         [
@@ -199,6 +201,18 @@ def _write_links(staging: Staging, plan: PlanFile, records: Records, previous: P
                 [reasons.get(position) for position in positions],
             ]
             file.write_table(pa.table(columns, schema=schema))
+        table = pq.read_table(staging.state / PLAN_REJECTED)
+        nothing = [None] * len(table)
+        columns = [
+            table.column("number"),
+            [root] * len(table),
+            [shown(name) for name in table.column("name").to_pylist()],
+            nothing,
+            nothing,
+            table.column("patient"),
+            table.column("message"),
+        ]
+        file.write_table(pa.table(columns, schema=schema))
 
 
 def _statistics(tallies: Mapping[int, Tally], bit_depth: int, channels: int, train: int) -> Statistics | None:
