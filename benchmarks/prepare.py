@@ -274,13 +274,13 @@ def machine() -> str:
 def chosen(options: argparse.Namespace) -> list[Callable[[], Section]]:
     """The sections, each with its inputs made when it is called."""
     quick = options.quick
-    packed, shrunk, mr, few = (200, 40, 64, 32) if quick else (8000, 1500, 320, 64)
+    packed, shrunk, mr, few = (200, 40, 64, 32) if quick else (8000, 1500, 1600, 64)
 
     def source(kind: str, count: int, make: Callable[..., None], *more: Any) -> Path:
         return cached(HERE / "inputs" / f"{kind}-{count}", lambda folder: make(folder, count, *more))
 
-    def dicom_source(kind: str, count: int, *syntaxes: Any) -> Path:
-        return source(kind, count, dicoms, options.dicom, *([syntaxes] if syntaxes else []))
+    def dicom_source(kind: str, count: int, *syntax: Any) -> Path:
+        return source(kind, count, dicoms, options.dicom, *syntax)
 
     makers = {
         "A": [lambda: packing(source("jpeg", packed, jpegs), packed)],

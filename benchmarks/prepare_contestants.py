@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -94,8 +95,11 @@ def tar(source: Path, out: Path) -> Iterator[Any]:
 
 def _images(**more: Any) -> Contestant:
     def run(source: Path, out: Path) -> Iterator[Any]:
+        import pyarrow as pa
+
         from data_prep.images import prepare
 
+        pa.array([0])  # imports pandas, where it is installed
         yield
         summary = prepare(source / "images", out / "dataset", **more)
         assert not summary.info.quarantined, summary.info.reasons
@@ -105,10 +109,13 @@ def _images(**more: Any) -> Contestant:
 
 
 def dicom(source: Path, out: Path) -> Iterator[Any]:
+    import pyarrow as pa
+
     from data_prep.dicom.source import Dicom
     from data_prep.options import Options, Running
     from data_prep.prepare import Summary, prepare
 
+    pa.array([0])
     yield
     summary = prepare(Dicom(source / "images", source / "key"), out / "dataset", Options(), Running())
     assert isinstance(summary, Summary)
@@ -240,7 +247,7 @@ def _plain_dicom(level: int | None) -> Contestant:
 
 
 def parts(source: Path, out: Path) -> Iterator[Any]:
-    """CPU seconds of each step of the decode check, over all images at a time."""
+    """CPU seconds of each step of `prep` with the decode check, image by image."""
     import numpy as np
     import simplejpeg
 
@@ -251,41 +258,39 @@ def parts(source: Path, out: Path) -> Iterator[Any]:
     from data_prep.shard import ShardWriter
     from data_prep.work import Picture, Tally, _Records
 
-    files = listed(source)[:SHARD]
-    names = [os.fsencode(path.relative_to(source / "images")) for path in files]
-    seconds: dict[str, float] = {}
-
-    def timed(name: str, function: Callable[[Any], Any], items: list[Any]) -> list[Any]:
-        began = time.process_time()
-        found = [function(item) for item in items]
-        seconds[name] = seconds.get(name, 0.0) + time.process_time() - began
-        return found
-
-    records, tally = _Records("train", {"class": ["class0"]}), Tally()
+    root = source / "images"
+    files = [os.fsencode(path.relative_to(root)) for path in listed(source)[:SHARD]]
+    records, tally, labels = _Records("train", {"class": ["class0"]}), Tally(), np.zeros(1, np.int32)
     shard = ShardWriter(out / "train-00000.tar")
-    labels = np.zeros(1, np.int32)
+    seconds: dict[str, float] = {}
+    clock = time.process_time
 
-    def add(item: tuple[int, bytes, bytes]) -> None:
-        shard.add(f"{item[0]:09d}", "jpg", item[1], item[2])
-
-    def pack(_: Any) -> None:
-        shard.close()
+    def since(began: float, name: str) -> float:
+        now = clock()
+        seconds[name] = seconds.get(name, 0.0) + now - began
+        return clock()
 
     yield
-    for start in range(0, len(files), 100):  # the decoded pixels of all of them would not fit into memory
-        chunk = timed("read", lambda name: read_file(source / "images", name), names[start : start + 100])
-        stripped = timed("strip", strip_jpeg, chunk)
-        whole = timed("decode", lambda item: simplejpeg.decode_jpeg(item.data, "RGB", strict=True), stripped)
-        marks = timed("fingerprint", fingerprint, whole)
-        thin = timed("mean and deviation", lambda values: tally.add(_thinned(values)), whole)
-        pictures = [
-            Picture(Sample(one.extension, one.data, one.width, one.height, 8, 3, None, mark))
-            for one, mark in zip(stripped, marks, strict=True)
-        ]
-        lines = timed("record", lambda picture: records.dump(picture, None, labels), pictures)
-        timed("shard and SHA-256", add, list(zip(range(start, start + len(lines)), chunk, lines, strict=True)))
-        del whole, thin
-    timed("shard and SHA-256", pack, [None])
+    for number, name in enumerate(files):
+        began = clock()
+        data = read_file(root, name)
+        began = since(began, "read")
+        found = strip_jpeg(data)
+        began = since(began, "strip")
+        values = simplejpeg.decode_jpeg(found.data, "RGB", strict=True)
+        began = since(began, "decode")
+        mark = fingerprint(values)
+        began = since(began, "fingerprint")
+        tally.add(_thinned(values))
+        began = since(began, "mean and deviation")
+        sample = Sample(found.extension, found.data, found.width, found.height, 8, found.channels, None, mark)
+        line = records.dump(Picture(sample), None, labels)
+        began = since(began, "record")
+        shard.add(f"{number:09d}", "jpg", found.data, line)
+        since(began, "shard, SHA-256 and .idx")
+    began = clock()
+    shard.close()
+    since(began, "shard, SHA-256 and .idx")
     yield {"images": len(files), "seconds": seconds}
 
 
@@ -313,12 +318,16 @@ CONTESTANTS: dict[str, Contestant] = {
 def main(name: str, source: str, out: str) -> None:
     steps = CONTESTANTS[name](Path(source), Path(out))
     next(steps)
-    wall, cpu = time.perf_counter(), os.times()
+    wall, cpu = time.perf_counter(), _cpu()
     found = next(steps)
-    seconds = time.perf_counter() - wall
-    after = os.times()
+    wall, cpu = time.perf_counter() - wall, _cpu() - cpu
     said = found if isinstance(found, dict) else {"images": found}
-    print(json.dumps({**said, "wall": seconds, "cpu": sum(after[:4]) - sum(cpu[:4])}))
+    print(json.dumps({**said, "wall": wall, "cpu": cpu}))
+
+
+def _cpu() -> float:
+    used = [resource.getrusage(whose) for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
 
 
 if __name__ == "__main__":

@@ -57,23 +57,19 @@ def _enlarged(values: np.ndarray) -> np.ndarray:
     return np.asarray(Image.fromarray(values).resize((SIDE, SIDE), Image.Resampling.BICUBIC), np.float32)
 
 
-def dicoms(folder: Path, count: int, slices: Path, syntaxes: tuple[uid.UID | None, ...] = (None,)) -> None:
-    """Copies of the slices with their own instance UIDs, in the transfer syntaxes in turn; None leaves it as it is."""
+def dicoms(folder: Path, count: int, slices: Path, syntax: uid.UID | None = None) -> None:
+    """Copies of the slices with their own instance UIDs, in `syntax` or as they are."""
     files = sorted(slices.glob("*.dcm"))
     assert files, f"no .dcm in {slices}"
     write_key(folder / "key")
     (folder / "images").mkdir()
-    made = 0
-    while made < count:
-        for path in files[: count - made]:
-            dataset = pydicom.dcmread(path)
-            syntax = syntaxes[made % len(syntaxes)]
-            if syntax is not None:
-                dataset.compress(syntax)
-            unique = f"1.2.826.0.1.3680043.10.{made + 1}"
-            dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = unique
-            dataset.save_as(folder / "images" / f"{made:06d}.dcm")
-            made += 1
+    for first, path in enumerate(files):
+        dataset = pydicom.dcmread(path)
+        if syntax is not None:
+            dataset.compress(syntax)
+        for number in range(first, count, len(files)):
+            dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = f"1.2.826.0.1.3680043.10.{number}"
+            dataset.save_as(folder / "images" / f"{number:06d}.dcm")
 
 
 def cached(folder: Path, make: Callable[[Path], None]) -> Path:
