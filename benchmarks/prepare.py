@@ -274,7 +274,7 @@ def machine() -> str:
 def chosen(options: argparse.Namespace) -> list[Callable[[], Section]]:
     """The sections, each with its inputs made when it is called."""
     quick = options.quick
-    packed, shrunk, mr, few = (200, 40, 64, 32) if quick else (8000, 1500, 1600, 64)
+    packed, shrunk, mr, compressed, few = (200, 40, 64, 32, 32) if quick else (8000, 1000, 960, 320, 64)
 
     def source(kind: str, count: int, make: Callable[..., None], *more: Any) -> Path:
         return cached(HERE / "inputs" / f"{kind}-{count}", lambda folder: make(folder, count, *more))
@@ -294,7 +294,7 @@ def chosen(options: argparse.Namespace) -> list[Callable[[], Section]]:
         "F": [
             lambda: from_dicom(dicom_source("mr", mr), mr, "uncompressed"),
             *(
-                partial(lambda name, syntax: from_dicom(dicom_source(name, mr, syntax), mr, name), name, syntax)
+                partial(lambda name, syntax: from_dicom(dicom_source(name, compressed, syntax), compressed, name), name, syntax)
                 for name, syntax in COMPRESSED.items()
             ),
         ],
