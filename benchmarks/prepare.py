@@ -282,6 +282,9 @@ def chosen(options: argparse.Namespace) -> list[Callable[[], Section]]:
     def dicom_source(kind: str, count: int, *syntax: Any) -> Path:
         return source(kind, count, dicoms, options.dicom, *syntax)
 
+    def encoded(name: str, syntax: Any) -> Section:
+        return from_dicom(dicom_source(name, compressed, syntax), compressed, name)
+
     makers = {
         "A": [lambda: packing(source("jpeg", packed, jpegs), packed)],
         "B": [lambda: checking(source("jpeg", packed, jpegs), packed)],
@@ -293,10 +296,7 @@ def chosen(options: argparse.Namespace) -> list[Callable[[], Section]]:
         "E": [lambda: headers(dicom_source("mr", few), few, options.deid_python)],
         "F": [
             lambda: from_dicom(dicom_source("mr", mr), mr, "uncompressed"),
-            *(
-                partial(lambda name, syntax: from_dicom(dicom_source(name, compressed, syntax), compressed, name), name, syntax)
-                for name, syntax in COMPRESSED.items()
-            ),
+            *(partial(encoded, name, syntax) for name, syntax in COMPRESSED.items()),
         ],
     }
     without = "" if options.dicom else "EF"
