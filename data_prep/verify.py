@@ -55,10 +55,10 @@ def verify(
 
     What cannot be found is a change that someone made everywhere at once, with new hashes, to what is said nowhere
     else: a patient, study, series or instance renamed in index and record alike (into no other split), so too a label;
-    `about`; an image replaced together with its fingerprint and size; some bits of the perceptual hash of a JPEG that was
-    encoded here, and its absence; a number, detail, patient or instance in the quarantine; statistics, options, claims
-    and where labels come from in dataset.json; bytes of a JPEG that no pixel depends on. Compare `sha256` with one kept
-    elsewhere for that.
+    `about`; an image replaced together with its fingerprint and size; some bits of the perceptual hash of a JPEG that
+    was encoded here, and its absence; a number, detail, patient or instance in the quarantine; statistics, options,
+    claims and where labels come from in dataset.json; bytes of a JPEG that no pixel depends on. Compare `sha256` with
+    one kept elsewhere for that.
 
     Args:
         path: the dataset: a folder, or an fsspec URL, of which `workers` shards at a time are on this machine.

@@ -161,19 +161,22 @@ def _mismatch(
 
 def _same(check: Check, record: bytes, row: dict[str, Any]) -> bool:
     """Whether a sample's JSON is, to the byte, what its row gives; `about` alone is in no row."""
-    expected: dict[str, Any] = {name: row[name] for name in _SAID}
-    expected["labels"] = {}
+    labels = {}
     for name, names in check.labels.items():
         place = row[LABEL_PREFIX + name]
         if not -1 <= place < len(names):
             return False
-        expected["labels"][name] = names[place] if place >= 0 else None
-    expected |= {name: row[name] for name in _SAID_IF_KNOWN if row[name] is not None}
+        labels[name] = names[place] if place >= 0 else None
     try:
         said = json.loads(record)
     except ValueError:
         return False
-    if isinstance(said, dict) and isinstance(said.get("about"), dict):
+    if not isinstance(said, dict) or said.get("labels") != labels:
+        return False
+    expected = {name: row[name] for name in _SAID}
+    expected["labels"] = said["labels"]  # dataset.json, being sorted, does not know their order
+    expected |= {name: row[name] for name in _SAID_IF_KNOWN if row[name] is not None}
+    if isinstance(said.get("about"), dict):
         expected["about"] = said["about"]
     return record == json.dumps(expected, separators=(",", ":")).encode()
 
