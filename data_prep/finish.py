@@ -20,7 +20,7 @@ from data_prep.dataset_info import DatasetInfo, Deidentification, Duplicates, Sh
 from data_prep.duplicates import search
 from data_prep.errors import UserError
 from data_prep.options import Options
-from data_prep.plan import MEASURED_SPLIT, PLAN_REJECTED, PLAN_ROWS, PlanFile
+from data_prep.plan import MEASURED_SPLIT, PLAN_REJECTED, PLAN_ROWS, PlanFile, request_sha256
 from data_prep.previous import Previous
 from data_prep.quarantine import REASONS
 from data_prep.records import Records
@@ -250,7 +250,7 @@ def _write_links(staging: Staging, plan: PlanFile, records: Records, previous: P
             pa.field("pseudonym", pa.string()),
             pa.field("reason", pa.string()),
         ],
-        metadata={"seed": str(plan.request["seed"])},
+        metadata={"seed": str(plan.request["seed"]), "request": request_sha256(plan.request)},
     )
     rows = pq.ParquetFile(staging.state / PLAN_ROWS)
     with pq.ParquetWriter(staging.private / LINKS, schema, compression="zstd") as file:
