@@ -19,7 +19,7 @@ from data_prep.dataset_info import DatasetInfo, Deidentification, ShardInfo, Sta
 from data_prep.deduplicate import deduplicated
 from data_prep.errors import UserError
 from data_prep.options import Options
-from data_prep.plan import MEASURED_SPLIT, PLAN_REJECTED, PLAN_ROWS, PlanFile
+from data_prep.plan import MEASURED_SPLIT, PLAN_REJECTED, PLAN_ROWS, PlanFile, request_sha256
 from data_prep.previous import Previous
 from data_prep.records import Records
 from data_prep.samples import MEASURE_SIDE
@@ -180,7 +180,7 @@ def _write_links(staging: Staging, plan: PlanFile, records: Records, previous: P
             pa.field("pseudonym", pa.string()),
             pa.field("reason", pa.string()),
         ],
-        metadata={"seed": str(plan.request["seed"])},
+        metadata={"seed": str(plan.request["seed"]), "request": request_sha256(plan.request)},
     )
     rows = pq.ParquetFile(staging.state / PLAN_ROWS)
     with pq.ParquetWriter(staging.private / LINKS, schema, compression="zstd") as file:

@@ -337,3 +337,9 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
         if one != two:
             return f"{name} was {shown(json.dumps(one).encode())} and is now {shown(json.dumps(two).encode())}"
     return None
+
+
+def request_sha256(request: Mapping[str, Any]) -> str:
+    """Tells whether a finished dataset was made by the same command; where it went is no part of it."""
+    said = {name: value for name, value in request.items() if name != "out"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()

@@ -23,6 +23,8 @@ from data_prep.errors import UserError, WorkFailed
 T = TypeVar("T")
 R = TypeVar("R")
 
+PATIENCE = 30.0  # seconds for a scheduler, and its first worker, to answer
+
 
 @dataclass(frozen=True)
 class _Silent(Generic[T, R]):
@@ -160,12 +162,12 @@ def _dask(address: str) -> Iterator[Engine]:
     except ImportError:
         raise UserError("--cluster needs Dask: install medpretrain[cluster]") from None
     try:
-        client = Client(address, timeout=20, set_as_default=False)
+        client = Client(address, timeout=PATIENCE, set_as_default=False)
     except (OSError, ValueError) as error:
         raise UserError(f"--cluster {address}: no Dask scheduler answers ({type(error).__name__})") from None
     with client:
         try:
-            client.wait_for_workers(1, timeout=60)
+            client.wait_for_workers(1, timeout=PATIENCE)
         except TimeoutError:
             raise UserError(f"--cluster {address}: the scheduler has no workers") from None
         _refuse_other_versions(client, address)

@@ -17,18 +17,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import pyarrow.parquet as pq
+
 from data_prep.audit import Audit
 from data_prep.dataset import created_by
 from data_prep.dataset_info import DatasetInfo, Deidentification
 from data_prep.errors import UserError, WorkFailed, nearest
 from data_prep.finish import Unusable, finish, refuse_mixed_depths
 from data_prep.options import Options, Progress, Running
-from data_prep.plan import Base, PlanFile, difference, read_plan, save_plan, write_plan
+from data_prep.plan import Base, PlanFile, difference, read_plan, request_sha256, save_plan, write_plan
 from data_prep.pool import Engine, open_engine
 from data_prep.previous import Previous
 from data_prep.records import Records
 from data_prep.sources import Source
-from data_prep.staging import AUDIT, PLAN, RECORDS, Staging
+from data_prep.staging import AUDIT, LINKS, PLAN, RECORDS, Staging
 from data_prep.store import FULL, no_space
 from data_prep.work import Job, Reader, ShardResult, Task, write_shard
 
@@ -113,6 +115,9 @@ def prepare(kind: Kind, out: str | Path, options: Options, running: Running) -> 
             done = _already_done(staging, request)
             if done is not None:
                 (staging.state / PLAN).unlink()
+            else:
+                done = _finished_by_others(staging, request, running)
+            if done is not None:
                 return Summary(staging.out, staging.final_private, done, [], time.monotonic() - started)
             previous = Previous.of(staging) if running.append else None
             shown = {**kind.options(), **_shown(options)}
@@ -193,7 +198,8 @@ def _writable(staging: Staging) -> Iterator[None]:
         if error.errno in FULL:
             raise no_space(staging.state, error) from None
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG):
-            raise UserError(f"{staging.out} cannot be written: {os.strerror(error.errno)}") from None
+            place = error.filename or staging.out
+            raise UserError(f"{staging.out} cannot be written: {place}: {os.strerror(error.errno)}") from None
         if error.errno in (errno.EIO, errno.ESTALE):
             raise WorkFailed(f"{staging.state}: {os.strerror(error.errno)}; what is done is kept there") from None
         raise
@@ -206,6 +212,20 @@ def _already_done(staging: Staging, request: Mapping[str, Any]) -> DatasetInfo |
         return None
     there = staging.existing()
     return None if there is None else there[0]
+
+
+def _finished_by_others(staging: Staging, request: Mapping[str, Any], running: Running) -> DatasetInfo | None:
+    """The dataset, where a part is given after the last one ended: again, or with no shard of its own."""
+    links = staging.final_private / LINKS
+    if running.part is None or running.append or read_plan(staging.state) is not None or not links.is_file():
+        return None
+    there = staging.existing()
+    made_by = (pq.read_schema(links).metadata or {}).get(b"request", b"").decode()
+    if there is None or made_by != request_sha256(request):
+        return None
+    if running.overwrite:  # or the other parts' shards would be thrown away with nobody to write them again
+        raise UserError(f"{staging.out} was made by this very command; to make it anew in parts, remove it first")
+    return there[0]
 
 
 def _planned(
@@ -234,6 +254,7 @@ def _planned(
                 f"{staging.out}: an unfinished run with another plan is there ({odd}); give its options to go on, or "
                 f"{forget} to forget it"
             )
+    staging.refuse_other_parts()
     staging.clear()
     report = running.on_progress or (lambda progress: None)
     source = kind.open(engine, staging.state, lambda done, total: report(Progress("sources", done, total)))

@@ -68,7 +68,7 @@ class Staging:
             if private is not None:
                 raise UserError("--private is for an OUT that is a URL; beside a folder it is OUT.private")
             self.final_private = folder.with_name(folder.name + ".private")
-        if self.final_private.is_symlink() or os.path.ismount(self.final_private):
+        if os.path.islink(self.final_private) or os.path.ismount(self.final_private):
             raise UserError(f"{self.final_private} is a link or a mount point, which would be replaced by a folder")
         beside = self.final_private if self.remote else Path(self.out)
         self._old = beside.with_name(f".{beside.name}.old")  # of OUT; never there with a URL
@@ -76,8 +76,8 @@ class Staging:
         self._old_private = self.final_private.with_name(f".{self.final_private.name}.private.old")
         self.dataset = self.state / "dataset"
         self.private = self.state / "private"
-        spare = self.state / "scratch"
-        self.store: Store = UrlStore(self.out) if self.remote else FolderStore(self.dataset, spare)
+        self._spare = self.state / "scratch"
+        self.store: Store = UrlStore(self.out) if self.remote else FolderStore(self.dataset, self._spare)
         self._overwrite = overwrite
         self._append = append
         self._locks: list[int] = []
@@ -98,6 +98,8 @@ class Staging:
             self._own(part)
             with self.alone():
                 self._finish_killed_commit()
+                if part is None:
+                    shutil.rmtree(self._spare, ignore_errors=True)  # what killed workers left takes up room
                 self._make_folders()
             yield
         finally:
@@ -151,6 +153,24 @@ class Staging:
         finally:
             while len(self._locks) > before:
                 os.close(self._locks.pop())
+
+    def refuse_other_parts(self) -> None:
+        """Before a plan is thrown away.
+
+        Raises:
+            UserError: another part is at work with it.
+        """
+        if not (self.state / PLAN).exists():
+            return
+        mine = {os.fstat(handle).st_ino for handle in self._locks}
+        for lock in self.state.glob(f"{LOCK}-*-of-*"):
+            if lock.stat().st_ino in mine:
+                continue
+            with lock.open("rb") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise UserError(f"{self.out}: other parts are at work with another plan; end them first") from None
 
     def refuse_foreign(self) -> tuple[DatasetInfo, str] | None:
         """Check that OUT may be written; returns the dataset that is there, and its SHA-256.
