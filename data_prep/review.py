@@ -135,11 +135,17 @@ def _opened(out: str | Path) -> _Opened:
 def _links(path: Path, opened: _Opened) -> pa.Table:
     """The link table, checked to be this dataset's."""
     if not path.is_file():
-        raise UserError(f"{path}, the table that links samples to their sources, is missing; --private says where it is")
+        raise UserError(
+            f"{path}, the table that links samples to their sources, is missing; --private says where it is"
+        )
     links = pq.read_table(path)
     numbers = links.column("number")
     known = pc.is_in(opened.quarantine.column("number"), value_set=numbers.combine_chunks())
-    if len(links) != opened.info.sources or len(numbers.unique()) != len(links) or not pc.all(known).as_py():
+    if (
+        len(links) != opened.info.sources
+        or len(numbers.unique()) != len(links)
+        or not pc.all(known, min_count=0).as_py()
+    ):
         raise UserError(f"{path} is not the link table of this dataset")
     return links
 
@@ -182,8 +188,9 @@ def _kept_tile(key: str, data: bytes, record: dict[str, Any]) -> Tile:
     except (OSError, ValueError, SyntaxError):
         raise UserError(f"{key} cannot be decoded: the shard is damaged (see 'medpretrain prep verify')") from None
     about = record.get("about", {})
+    labels = [value for name, value in record["labels"].items() if value is not None]
     facts = [
-        record["split"],
+        " \N{MIDDLE DOT} ".join([record["split"], *labels]),
         f"{record['width']} x {record['height']}, {record['bit_depth']} bit {'gray' if record['channels'] == 1 else 'RGB'}",
     ]
     if "Window" in about:
@@ -263,7 +270,9 @@ def _first_of_instances(rows: list[dict[str, Any]]) -> dict[str, int]:
 def _set_aside_tile(row: dict[str, Any], seen: Scene, liftable: bool, first: dict[str, int]) -> Tile:
     side = LIFTED_SIDE if liftable else KEPT_SIDE
     width, height = seen.image.size
-    facts = [f"{width} x {height}" + (f", shown at {side / max(width, height):.0%}" if max(width, height) > side else "")]
+    facts = [
+        f"{width} x {height}" + (f", shown at {side / max(width, height):.0%}" if max(width, height) > side else "")
+    ]
     facts.append("patient unknown" if row["patient"] is None else f"patient {_shortened(row['patient'])}")
     instance = row["instance"] if liftable else None
     caution = ""
@@ -342,7 +351,9 @@ def _duplicate_warnings(info: DatasetInfo) -> list[str]:
 
 def _label_warnings(info: DatasetInfo) -> list[str]:
     own = sorted(set(info.labels) - {"modality", "anatomy", "anatomy_source"})
-    return [f"The values of the label{'s' * (len(own) > 1)} {', '.join(own)} are readable in the dataset."] if own else []
+    return (
+        [f"The values of the label{'s' * (len(own) > 1)} {', '.join(own)} are readable in the dataset."] if own else []
+    )
 
 
 def _faces(opened: _Opened, dicom: bool) -> int:

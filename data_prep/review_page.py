@@ -223,7 +223,7 @@ def _tile(tile: Tile) -> str:
     if tile.instance is not None:
         approve = (
             f'<label class="approve"><input type="checkbox" class="tick" data-instance="{escape(tile.instance)}"> '
-            f'shows nobody<span class="away">, {title}</span></label>'
+            f'identifies nobody<span class="away">, {title}</span></label>'
         )
     return (
         f'<figure><button type="button" class="open" aria-label="open {title}">'
@@ -240,8 +240,10 @@ _STYLE = """
   --line: #364048; --accent: #6fc1ec; --warn: #352a10; --warn-line: #d9a53a; --danger: #7c1f1f; --danger-ink: #fff;
   --good: #17301e; --good-line: #58b06e; } }
 * { box-sizing: border-box; }
+html { scroll-padding-bottom: 90px; }
 body { margin: 0; background: var(--ground); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
 main, .inside { max-width: 1400px; margin: 0 auto; padding: 0 24px; }
+main { padding-bottom: 40px; }
 .private { background: var(--danger); color: var(--danger-ink); padding: 10px 0; }
 h1 { font-size: 26px; margin: 24px 0 4px; }
 h2 { font-size: 20px; margin: 40px 0 10px; padding-top: 14px; border-top: 1px solid var(--line); }
@@ -311,7 +313,7 @@ dialog .approve { border: 1px solid var(--line); border-radius: 6px; padding: 5p
 @media (max-width: 700px) { dl, .sign { grid-template-columns: 1fr; } .sheet { grid-template-columns: 1fr 1fr; } }
 @media print { :root { color-scheme: light; --ground: #fff; --card: #fff; --ink: #000; --soft: #333; --line: #999;
   --accent: #000; --warn: #fff; --danger: #fff; --danger-ink: #000; }
-  .noprint, .sheet, .bar, nav, .without, .lift { display: none !important; }
+  .noprint, .sheet, .bar, nav, .without, .lift, dialog { display: none !important; }
   .private { border-bottom: 2px solid #000; } h2 { break-after: avoid; } .card { break-inside: avoid; } }
 """
 
@@ -461,7 +463,7 @@ This page stays in the hospital, beside the link table; it is no part of the dat
 </main>
 <dialog aria-label="Picture"><div><img alt="">
 <footer><b class="of"></b><span class="caption"></span>
-<label class="approve"><input type="checkbox"> shows nobody <small>(key a)</small></label>
+<label class="approve"><input type="checkbox"> identifies nobody <small>(key a)</small></label>
 <button type="button" class="plain before">Previous</button><button type="button" class="plain next">Next</button>
 <button type="button" class="plain close">Close</button></footer></div></dialog>
 $approval
