@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import fsspec
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
@@ -41,7 +40,7 @@ _SHORT = 9  # letters of a pseudonym that a caption shows
 
 
 class ReviewSummary(NamedTuple):
-    """What was written: the page, how many kept and set-aside pictures it shows, and how many of these can be ticked."""
+    """What was written: the page, its pictures of kept images and of others, and how many of these can be ticked."""
 
     path: Path
     kept: int
@@ -135,11 +134,11 @@ def _opened(out: str | Path) -> _Opened:
 def _links(path: Path, opened: _Opened) -> pa.Table:
     """The link table, checked to be this dataset's."""
     if not path.is_file():
-        raise UserError(f"{path}, the table that links samples to their sources, is missing; --private says where it is")
+        raise UserError(f"{path}, the table that links samples to sources, is missing; --private says where it is")
     links = pq.read_table(path)
-    numbers = links.column("number")
-    known = pc.is_in(opened.quarantine.column("number"), value_set=numbers.combine_chunks())
-    if len(links) != opened.info.sources or len(numbers.unique()) != len(links) or not pc.all(known).as_py():
+    numbers = links.column("number").to_numpy()
+    known = np.isin(opened.quarantine.column("number").to_numpy(), numbers)
+    if len(links) != opened.info.sources or len(np.unique(numbers)) != len(links) or not known.all():
         raise UserError(f"{path} is not the link table of this dataset")
     return links
 
@@ -148,11 +147,13 @@ def _write(path: Path, content: bytes) -> None:
     """The page appears whole, and nobody else could read it at any moment."""
     part = path.with_name(f".{path.name}.part")
     part.unlink(missing_ok=True)
-    handle = os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-    with open(handle, "wb") as file:
-        os.fchmod(handle, 0o600)
-        file.write(content)
-    part.replace(path)
+    try:
+        with open(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
+            os.fchmod(file.fileno(), 0o600)
+            file.write(content)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 # What was kept
@@ -182,9 +183,11 @@ def _kept_tile(key: str, data: bytes, record: dict[str, Any]) -> Tile:
     except (OSError, ValueError, SyntaxError):
         raise UserError(f"{key} cannot be decoded: the shard is damaged (see 'medpretrain prep verify')") from None
     about = record.get("about", {})
+    labels = [value for name, value in record["labels"].items() if value is not None]
+    colours = "gray" if record["channels"] == 1 else "RGB"
     facts = [
-        record["split"],
-        f"{record['width']} x {record['height']}, {record['bit_depth']} bit {'gray' if record['channels'] == 1 else 'RGB'}",
+        " \N{MIDDLE DOT} ".join([record["split"], *labels]),
+        f"{record['width']} x {record['height']}, {record['bit_depth']} bit {colours}",
     ]
     if "Window" in about:
         facts.append(f"window {about['Window']}")
@@ -263,7 +266,8 @@ def _first_of_instances(rows: list[dict[str, Any]]) -> dict[str, int]:
 def _set_aside_tile(row: dict[str, Any], seen: Scene, liftable: bool, first: dict[str, int]) -> Tile:
     side = LIFTED_SIDE if liftable else KEPT_SIDE
     width, height = seen.image.size
-    facts = [f"{width} x {height}" + (f", shown at {side / max(width, height):.0%}" if max(width, height) > side else "")]
+    shrunk = f", shown at {side / max(width, height):.0%}" if max(width, height) > side else ""
+    facts = [f"{width} x {height}{shrunk}"]
     facts.append("patient unknown" if row["patient"] is None else f"patient {_shortened(row['patient'])}")
     instance = row["instance"] if liftable else None
     caution = ""
@@ -342,7 +346,7 @@ def _duplicate_warnings(info: DatasetInfo) -> list[str]:
 
 def _label_warnings(info: DatasetInfo) -> list[str]:
     own = sorted(set(info.labels) - {"modality", "anatomy", "anatomy_source"})
-    return [f"The values of the label{'s' * (len(own) > 1)} {', '.join(own)} are readable in the dataset."] if own else []
+    return [f"Values of these labels are readable in the dataset: {', '.join(own)}."] if own else []
 
 
 def _faces(opened: _Opened, dicom: bool) -> int:

@@ -108,7 +108,8 @@ def kinds_of(info: DatasetInfo, index: pa.Table) -> tuple[np.ndarray, list[str]]
 
     Modality and anatomy make the kind where the dataset has them, else all labels do.
     """
-    names = [name for name in ("modality", "anatomy") if name in info.labels] or sorted(info.labels)
+    names: list[str] = [name for name in ("modality", "anatomy") if name in info.labels]
+    names = names or sorted(info.labels)
     if not names:
         return np.zeros(len(index), np.int64), ["all images"]
     columns = [index.column(LABEL_PREFIX + name).to_numpy() for name in names]
@@ -160,7 +161,7 @@ def _ranks(groups: np.ndarray) -> np.ndarray:
 
 
 def _in_turn(kinds: np.ndarray, series: np.ndarray, count: int, most: int) -> np.ndarray:
-    """Up to `count` places: the first of each kind, then the second of each, and at most `most` of a series and kind."""
+    """Up to `count` places: the first of each kind, then the second of each; at most `most` of a series and kind."""
     places = np.flatnonzero(_ranks(_joined([kinds, np.unique(series, return_inverse=True)[1]])) < most)
     return places[np.argsort(_ranks(kinds[places]), kind="stable")[:count]]
 
