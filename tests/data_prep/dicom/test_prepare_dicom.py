@@ -126,9 +126,7 @@ def test_nothing_of_one_patient_is_in_two_splits(key: Path, put: Slice, rng: ran
             if patient % 6 == 5:  # never known: their studies are all that is known
                 given = {"PatientID": None}
             elif number > 1 and rng.random() < 0.6:  # of a study whose other files say more
-                given = rng.choice(
-                    ({"PatientID": None}, {"PatientID": f"N{patient}"}, {"PatientID": f"OLD{patient}"})
-                )
+                given = rng.choice(({"PatientID": None}, {"PatientID": f"N{patient}"}, {"PatientID": f"OLD{patient}"}))
             put(f"{rng.random()}", uid, StudyInstanceUID=study, **given)
             uids[uid], person[uid] = 1, (patient if patient % 6 != 5 else study)
     run(key, options=Options({"train": 0.4, "val": 0.3, "test": 0.3}, seed=rng.randrange(1000)))
