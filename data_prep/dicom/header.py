@@ -79,7 +79,9 @@ def wordless() -> Iterator[None]:
     except (Rejected, UserError):
         raise
     except Exception as error:
-        problem = RuntimeError(f"{type(error).__name__} on a DICOM file; its text is left out, for it may quote the file")
+        problem = RuntimeError(
+            f"{type(error).__name__} on a DICOM file; its text is left out, for it may quote the file"
+        )
         raise problem.with_traceback(error.__traceback__) from None
 
 

@@ -42,7 +42,14 @@ def test_every_file_is_named_once_in_the_order_of_its_bytes(tmp_path):
     (tmp_path / "self").symlink_to(tmp_path / "self")
     names = list(walk(tmp_path))
     inner = [b"IM1", b"IM10.dcm", b"M\xfcller"]
-    expected = [b"a.x", *(b"b/" + name for name in inner), *(b"link/" + name for name in inner), b"nowhere", b"self", b"z"]
+    expected = [
+        b"a.x",
+        *(b"b/" + name for name in inner),
+        *(b"link/" + name for name in inner),
+        b"nowhere",
+        b"self",
+        b"z",
+    ]
     assert names == expected
     assert read(tmp_path, b"b/M\xfcller") == b"odd"
     assert shown(b"b/M\xfcller") == "b/M\\xfcller"
