@@ -85,7 +85,7 @@ class Tally:
     def add(self, values: np.ndarray) -> None:
         """Count the pixels of one image: (height, width) or (height, width, 3)."""
         planes = values.reshape(-1, 1 if values.ndim == 2 else values.shape[2]).T
-        flat = np.ascontiguousarray(planes).astype(np.int64)  # a channel a row: a third of the time
+        flat = np.ascontiguousarray(planes).astype(np.int64)  # a channel a row: about half the time
         self.merge(Tally(1, flat.shape[1], flat.sum(axis=1).tolist(), np.einsum("cn,cn->c", flat, flat).tolist()))
 
     def merge(self, other: Tally) -> None:
