@@ -36,7 +36,7 @@ from data_prep.review import as_jpeg, review
 from tests.data_prep.dicom.planted import leaked, plant
 
 Draw = Callable[..., bytes]
-KINDS = "CT,MR,enhanced MR,US,OP,burned in,SC,OP undeclared,US without regions,SR,private".split(",")
+KINDS = ["CT", "MR", "enhanced MR", "US", "OP", "burned in", "SC", "OP undeclared", "US without regions", "SR", "private"]
 
 
 def run_dicom(source: Path, out: Path | str, key: Path, reviewed: Path | None = None, **running: Any) -> Summary:
