@@ -36,7 +36,8 @@ from data_prep.review import as_jpeg, review
 from tests.data_prep.dicom.planted import leaked, plant
 
 Draw = Callable[..., bytes]
-KINDS = ["CT", "MR", "enhanced MR", "US", "OP", "burned in", "SC", "OP undeclared", "US without regions", "SR", "private"]
+DECLINED = ["burned in", "SC", "OP undeclared", "US without regions", "SR", "private"]
+KINDS = ["CT", "MR", "enhanced MR", "US", "OP", *DECLINED]
 
 
 def run_dicom(source: Path, out: Path | str, key: Path, reviewed: Path | None = None, **running: Any) -> Summary:
