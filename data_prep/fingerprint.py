@@ -65,7 +65,7 @@ def _thinned(values: np.ndarray) -> np.ndarray:
     rows, columns = (
         ((2 * np.arange(THIN_SIDE) + 1) * side // (2 * THIN_SIDE)).astype(np.intp) for side in values.shape[:2]
     )
-    return values[rows].take(columns, axis=1)  # in two steps: a third of the time of one
+    return values.take(rows, axis=0).take(columns, axis=1)  # in two steps: a third of the time of one
 
 
 def _luma(values: np.ndarray) -> np.ndarray:
