@@ -13,9 +13,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from data_prep.cli_prepare import COMMANDS
-from data_prep.dataset import Dataset, read_info
+from data_prep.cli_prepare import COMMANDS, Out, Workers
+from data_prep.dataset import Dataset
 from data_prep.dicom.pseudonyms import write_key
+from data_prep.progress import progress
+from data_prep.review import review
 from data_prep.stats import stats
 from data_prep.verify import verify
 
@@ -35,17 +37,27 @@ def key_command(path: Annotated[Path, typer.Argument(help="The file to write.", 
 
 @app.command("verify")
 def verify_command(
-    path: Annotated[Path, typer.Argument(help="The dataset.", show_default=False)],
+    path: Out,
+    quick: Annotated[bool, typer.Option("--quick", help="Do not decode images, nor try other readers.")] = False,
+    workers: Workers = 1,
 ) -> None:
-    """Read every byte of a dataset and find what was changed, cut, lost, swapped or added. Exit code 1 if anything."""
-    problems = verify(path)
-    for problem in problems:
-        typer.echo(str(problem))
-    if problems:
+    """Prove that a dataset is whole and what it says of itself. Exit code 1 if anything is wrong.
+
+    Every byte is compared with its hash, every row with its image, every image is decoded, and webdataset and DALI read
+    every shard. No patient, study, series or image may be in two splits.
+    """
+    with progress() as report:
+        findings = verify(path, quick=quick, workers=workers, on_progress=report)
+    for line in (*findings, *findings.notes):
+        typer.echo(str(line))
+    if findings:
         raise typer.Exit(1)
-    info, sha256 = read_info(path)
+    info = findings.info
+    assert info is not None
     size = sum(shard.bytes for shard in info.shards)
-    typer.echo(f"{path}: {info.samples} images in {len(info.shards)} shards, {size:,} bytes, nothing wrong; {sha256}")
+    typer.echo(
+        f"{path}: {info.samples} images in {len(info.shards)} shards, {size:,} bytes, nothing wrong; {findings.sha256}"
+    )
 
 
 @app.command("stats")
@@ -61,6 +73,28 @@ def stats_command(
     console = Console(file=sys.stdout)
     for table in _tables(found):
         console.print(table)
+
+
+@app.command("review")
+def review_command(
+    out: Annotated[str, typer.Argument(help="The dataset, a folder or a URL.", show_default=False)],
+    images: Annotated[int, typer.Option(help="The most pictures of kept images, and of each reason.")] = 200,
+    seed: Annotated[int, typer.Option(help="Of their choice.")] = 0,
+    private: Annotated[
+        Path | None, typer.Option(help="Where the link table is, OUT.private if not given; needed for a URL.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="The page, review.html beside the link table if not given.")] = None,
+) -> None:
+    """Write a page of what was kept and what was set aside, for a human to sign before the dataset leaves.
+
+    It shows pictures of what was set aside, names in them too, so it is private. Burned-in text that is none can be
+    approved there: the page saves a reviewed.csv for 'prep dicom --reviewed'.
+    """
+    found = review(out, private, html, images, seed)
+    typer.echo(
+        f"{found.path}: {found.kept} kept images, {found.set_aside} set aside, of which a human may approve "
+        f"{found.liftable}; it may show names, so keep it where it is"
+    )
 
 
 def _tables(found: dict[str, Any]) -> Iterator[Table]:

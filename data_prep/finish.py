@@ -19,7 +19,7 @@ from data_prep.dataset_info import DatasetInfo, Deidentification, ShardInfo, Sta
 from data_prep.deduplicate import deduplicated
 from data_prep.errors import UserError
 from data_prep.options import Options
-from data_prep.plan import MEASURED_SPLIT, PLAN_REJECTED, PLAN_ROWS, PlanFile
+from data_prep.plan import MEASURED_SPLIT, PLAN_REJECTED, PLAN_ROWS, PlanFile, request_sha256
 from data_prep.previous import Previous
 from data_prep.records import Records
 from data_prep.samples import MEASURE_SIDE
@@ -153,7 +153,7 @@ def _keep_shards(staging: Staging, previous: Previous) -> None:
 
 def _quarantine(staging: Staging, plan: PlanFile, records: Records, previous: Previous | None) -> pa.Table:
     """Everything that was set aside, by its number in the source."""
-    tables = [pq.read_table(staging.state / PLAN_REJECTED).cast(QUARANTINE_SCHEMA)]
+    tables = [pq.read_table(staging.state / PLAN_REJECTED, columns=QUARANTINE_SCHEMA.names).cast(QUARANTINE_SCHEMA)]
     rows = pq.ParquetFile(staging.state / PLAN_ROWS)
     for number, job in enumerate(plan.jobs):
         _, rejected = records.said(number)
@@ -166,7 +166,9 @@ def _quarantine(staging: Staging, plan: PlanFile, records: Records, previous: Pr
 
 
 def _write_links(staging: Staging, plan: PlanFile, records: Records, previous: Previous | None) -> None:
-    """The private table: a row a source in plan order, with its key or the reason it was left out."""
+    """The private table: a row a source, with its key or the reason it was left out; those of the plan in its order,
+    then those that were set aside before it.
+    """
     root = plan.request["source_root"]
     schema = pa.schema(
         [
@@ -178,7 +180,7 @@ def _write_links(staging: Staging, plan: PlanFile, records: Records, previous: P
             pa.field("pseudonym", pa.string()),
             pa.field("reason", pa.string()),
         ],
-        metadata={"seed": str(plan.request["seed"])},
+        metadata={"seed": str(plan.request["seed"]), "request": request_sha256(plan.request)},
     )
     rows = pq.ParquetFile(staging.state / PLAN_ROWS)
     with pq.ParquetWriter(staging.private / LINKS, schema, compression="zstd") as file:
@@ -199,6 +201,18 @@ def _write_links(staging: Staging, plan: PlanFile, records: Records, previous: P
                 [reasons.get(position) for position in positions],
             ]
             file.write_table(pa.table(columns, schema=schema))
+        table = pq.read_table(staging.state / PLAN_REJECTED)
+        nothing = [None] * len(table)
+        columns = [
+            table.column("number"),
+            [root] * len(table),
+            [shown(name) for name in table.column("name").to_pylist()],
+            nothing,
+            nothing,
+            table.column("patient"),
+            table.column("message"),
+        ]
+        file.write_table(pa.table(columns, schema=schema))
 
 
 def _statistics(tallies: Mapping[int, Tally], bit_depth: int, channels: int, train: int) -> Statistics | None:

@@ -151,7 +151,7 @@ class Images:
     def reader(self, state: Path) -> Reader:
         if self.source.suffix == ".npz":
             return ArrayReader(state / _ARRAYS, self.resize)
-        return FileReader(self.root, self.resize, self.trust_images)
+        return FileReader(self.root.absolute(), self.resize, self.trust_images)
 
 
 def prepare(

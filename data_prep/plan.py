@@ -42,13 +42,13 @@ class Base:
     patients: Mapping[str, str] | None = None
 
     @classmethod
-    def of(cls, info: DatasetInfo, keys: Iterable[str], patients: Mapping[str, str]) -> Base:
-        """From a dataset, the keys of its last samples, and the split of each of its patients."""
+    def of(cls, info: DatasetInfo, keys: Iterable[str], patients: Mapping[str, str], number: int) -> Base:
+        """From a dataset, the keys of its last samples, the split of each patient, and the first free number."""
         shards: dict[str, int] = {}
         for shard in info.shards:
-            split, _, number = shard.name.removesuffix(".tar").rpartition("-")
-            shards[split] = max(shards.get(split, 0), int(number) + 1)
-        return cls(max((int(key[:9]) for key in keys), default=-1) + 1, info.sources, shards, patients)
+            split, _, count = shard.name.removesuffix(".tar").rpartition("-")
+            shards[split] = max(shards.get(split, 0), int(count) + 1)
+        return cls(max((int(key[:9]) for key in keys), default=-1) + 1, number, shards, patients)
 
 
 class _Planned(BaseModel):
@@ -337,3 +337,9 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
         if one != two:
             return f"{name} was {shown(json.dumps(one).encode())} and is now {shown(json.dumps(two).encode())}"
     return None
+
+
+def request_sha256(request: Mapping[str, Any]) -> str:
+    """Tells whether a finished dataset was made by the same command; where it went is no part of it."""
+    said = {name: value for name, value in request.items() if name != "out"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()

@@ -6,19 +6,58 @@ import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
+import pickle
 import signal
 import threading
+import traceback
 import warnings
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
 
+from data_prep.dataset import created_by
 from data_prep.errors import UserError, WorkFailed
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+PATIENCE = 30.0  # seconds for a scheduler, and its first worker, to answer
+
+
+@dataclass(frozen=True)
+class _Silent(Generic[T, R]):
+    """A function that shows nothing of its argument: an engine may log its repr, its warnings and its errors."""
+
+    function: Callable[[T], R] = field(repr=False)
+
+    def __call__(self, item: T) -> R | _Failure:
+        # Pillow's and pydicom's, on files judged by what they give. Not `catch_warnings`: threads share the filters.
+        warnings.filterwarnings("ignore", module=r"(PIL|pydicom|data_prep)\b")
+        try:
+            return self.function(item)
+        except Exception as error:
+            return _Failure.of(error)
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """An error on its way back, as a value."""
+
+    error: Exception = field(repr=False)
+
+    @classmethod
+    def of(cls, error: Exception) -> _Failure:
+        if not isinstance(error, (UserError, WorkFailed)):
+            error.add_note("in a worker:\n" + traceback.format_exc())
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:  # some libraries' errors cannot travel
+            said = RuntimeError(f"{type(error).__name__}: {error}")
+            said.add_note("in a worker:\n" + traceback.format_exc())
+            return cls(said)
+        return cls(error)
 
 
 @dataclass(frozen=True)
@@ -32,31 +71,40 @@ class Engine:
         """Yield the results in any order; items are taken as they are needed.
 
         Raises:
-            WorkFailed: a worker process was killed from outside.
+            WorkFailed: a worker process was killed from outside, or the cluster went away.
         """
         if self.executor is None:
             for item in items:
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # Pillow's and pydicom's, on files judged by what they give
+                    warnings.simplefilter("ignore")
                     result = function(item)
                 yield result
             return
-        running: set[Future[R]] = set()
+        silent = _Silent(function)
+        running: set[Future[R | _Failure]] = set()
         try:
             while True:
                 for item in items:
-                    running.add(self.executor.submit(function, item))
+                    running.add(self.executor.submit(silent, item))
                     if len(running) > 2 * self.slots:  # the names of a whole hospital are never in flight at once
                         break
                 if not running:
                     return
                 finished, running = wait(running, return_when=FIRST_COMPLETED)
                 for future in finished:
-                    yield future.result()
+                    answer = future.result()
+                    if isinstance(answer, _Failure):
+                        raise answer.error
+                    yield answer
         except BrokenProcessPool:
             raise WorkFailed(
                 "a worker process was killed, most likely for lack of memory; what is done is kept: give the same "
                 "command again, with fewer --workers"
+            ) from None
+        except CancelledError:
+            raise WorkFailed(
+                "the cluster took its work back: its scheduler went away; what is done is kept: give the same command "
+                "again"
             ) from None
         finally:
             for future in running:
@@ -114,17 +162,30 @@ def _dask(address: str) -> Iterator[Engine]:
     except ImportError:
         raise UserError("--cluster needs Dask: install medpretrain[cluster]") from None
     try:
-        client = Client(address, timeout=20, set_as_default=False)
-    except (OSError, TimeoutError, ValueError) as error:
+        client = Client(address, timeout=PATIENCE, set_as_default=False)
+    except (OSError, ValueError) as error:
         raise UserError(f"--cluster {address}: no Dask scheduler answers ({type(error).__name__})") from None
     with client:
-        client.wait_for_workers(1, timeout=60)
+        try:
+            client.wait_for_workers(1, timeout=PATIENCE)
+        except TimeoutError:
+            raise UserError(f"--cluster {address}: the scheduler has no workers") from None
+        _refuse_other_versions(client, address)
         slots = sum(client.nthreads().values())
         try:
             # Not pure: equal tasks are never taken for one another, and no result is looked up by name.
-            yield Engine(client.get_executor(pure=False, retries=2), slots)
+            yield Engine(client.get_executor(pure=False), slots)
         except KilledWorker:
             raise WorkFailed(
                 f"--cluster {address}: workers died at the same shard again and again, most likely for lack of memory; "
                 "what is done is kept: give the same command again"
             ) from None
+
+
+def _refuse_other_versions(client: Any, address: str) -> None:
+    """Before any name is sent: a worker that cannot read a task would log what it was sent."""
+    ours = created_by()
+    for worker, said in client.run(created_by, on_error="return").items():
+        if said != ours:
+            theirs = "no medpretrain" if isinstance(said, Exception) else said
+            raise UserError(f"--cluster {address}: the worker {worker} has {theirs}, here is {ours}")

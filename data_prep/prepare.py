@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -16,19 +17,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import pyarrow.parquet as pq
+
 from data_prep.audit import Audit
 from data_prep.dataset import created_by
 from data_prep.dataset_info import DatasetInfo, Deidentification
 from data_prep.errors import UserError, WorkFailed, nearest
 from data_prep.finish import Unusable, finish, refuse_mixed_depths
 from data_prep.options import Options, Progress, Running
-from data_prep.plan import Base, PlanFile, difference, read_plan, save_plan, write_plan
+from data_prep.plan import Base, PlanFile, difference, read_plan, request_sha256, save_plan, write_plan
 from data_prep.pool import Engine, open_engine
 from data_prep.previous import Previous
 from data_prep.records import Records
 from data_prep.sources import Source
-from data_prep.staging import AUDIT, PLAN, RECORDS, Staging
-from data_prep.work import Reader, ShardResult, Task, write_shard
+from data_prep.staging import AUDIT, LINKS, PLAN, RECORDS, Staging
+from data_prep.store import FULL, no_space
+from data_prep.work import Job, Reader, ShardResult, Task, write_shard
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,7 @@ def prepare(kind: Kind, out: str | Path, options: Options, running: Running) -> 
         **kind.request(),
         **{name: getattr(options, name) for name in ("seed", "shard_size")},
         "split": None if options.split is None else dict(options.split),
+        **({"out": staging.out} if staging.remote else {}),
     }
     with _writable(staging), staging.enter(running.part), open_engine(running.workers, running.cluster) as engine:
         audit = Audit(staging.private / AUDIT, staging.final_private / AUDIT)
@@ -110,6 +115,9 @@ def prepare(kind: Kind, out: str | Path, options: Options, running: Running) -> 
             done = _already_done(staging, request)
             if done is not None:
                 (staging.state / PLAN).unlink()
+            else:
+                done = _finished_by_others(staging, request, running)
+            if done is not None:
                 return Summary(staging.out, staging.final_private, done, [], time.monotonic() - started)
             previous = Previous.of(staging) if running.append else None
             shown = {**kind.options(), **_shown(options)}
@@ -119,26 +127,23 @@ def prepare(kind: Kind, out: str | Path, options: Options, running: Running) -> 
             plan = _planned(kind, staging, request, options, running, engine, previous, audit)
         records = Records(staging.state / RECORDS, plan, staging.store)
         warnings = list(plan.notes)
-        try:
+        with _forgets_what_cannot_be(staging, running):
             _work(kind, staging, plan, records, running, engine)
-            with staging.alone():
-                if read_plan(staging.state) is None:  # another part was last, and has finished
-                    there = staging.existing()
-                    assert there is not None
-                    info = there[0]
-                else:
-                    left = sum(not records.done(number) for number in range(len(plan.jobs)))
-                    if left:
-                        assert running.part is not None
-                        return Unfinished(staging.out, left)
+        with staging.alone():
+            if read_plan(staging.state) is None:  # another part was last, and has finished
+                there = staging.existing()
+                assert there is not None
+                info = there[0]
+            else:
+                left = sum(not records.done(number) for number in range(len(plan.jobs)))
+                if left:
+                    assert running.part is not None
+                    return Unfinished(staging.out, left)
+                with _forgets_what_cannot_be(staging, running):
                     info, more = finish(staging, plan, records, options, shown, claimed, previous, audit)
-                    warnings += more
-                    staging.commit()
-                    (staging.state / PLAN).unlink()
-        except Unusable:
-            if running.part is None:
-                staging.clear()
-            raise
+                warnings += more
+                staging.commit()
+                (staging.state / PLAN).unlink()
     return Summary(staging.out, staging.final_private, info, warnings, time.monotonic() - started)
 
 
@@ -174,18 +179,29 @@ def _refuse_nesting(source: Path, staging: Staging) -> None:
 
 
 @contextlib.contextmanager
+def _forgets_what_cannot_be(staging: Staging, running: Running) -> Iterator[None]:
+    """Where the images cannot become a dataset, there is nothing to go on from; other parts may still be at it."""
+    try:
+        yield
+    except Unusable:
+        if running.part is None:
+            staging.clear()
+        raise
+
+
+@contextlib.contextmanager
 def _writable(staging: Staging) -> Iterator[None]:
     """A full disk or a missing permission is something the user can mend."""
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise UserError(f"{staging.out} cannot be written: {error.strerror}") from None
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise WorkFailed(
-                f"{staging.out}: {error.strerror}; what is done is kept in {staging.state}: make room and give the "
-                "same command again"
-            ) from None
+        if error.errno in FULL:
+            raise no_space(staging.state, error) from None
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG):
+            place = error.filename or staging.out
+            raise UserError(f"{staging.out} cannot be written: {place}: {os.strerror(error.errno)}") from None
+        if error.errno in (errno.EIO, errno.ESTALE):
+            raise WorkFailed(f"{staging.state}: {os.strerror(error.errno)}; what is done is kept there") from None
         raise
 
 
@@ -196,6 +212,20 @@ def _already_done(staging: Staging, request: Mapping[str, Any]) -> DatasetInfo |
         return None
     there = staging.existing()
     return None if there is None else there[0]
+
+
+def _finished_by_others(staging: Staging, request: Mapping[str, Any], running: Running) -> DatasetInfo | None:
+    """The dataset, where a part is given after the last one ended: again, or with no shard of its own."""
+    links = staging.final_private / LINKS
+    if running.part is None or running.append or read_plan(staging.state) is not None or not links.is_file():
+        return None
+    there = staging.existing()
+    made_by = (pq.read_schema(links).metadata or {}).get(b"request", b"").decode()
+    if there is None or made_by != request_sha256(request):
+        return None
+    if running.overwrite:  # or the other parts' shards would be thrown away with nobody to write them again
+        raise UserError(f"{staging.out} was made by this very command; to make it anew in parts, remove it first")
+    return there[0]
 
 
 def _planned(
@@ -219,10 +249,12 @@ def _planned(
             audit.say("resumed", shards=len(plan.jobs))
             return plan
         if not running.overwrite:
+            forget = f"remove {staging.state}" if running.append else "--overwrite"
             raise UserError(
                 f"{staging.out}: an unfinished run with another plan is there ({odd}); give its options to go on, or "
-                "--overwrite to forget it"
+                f"{forget} to forget it"
             )
+    staging.refuse_other_parts()
     staging.clear()
     report = running.on_progress or (lambda progress: None)
     source = kind.open(engine, staging.state, lambda done, total: report(Progress("sources", done, total)))
@@ -274,8 +306,22 @@ def _work(kind: Kind, staging: Staging, plan: PlanFile, records: Records, runnin
         else:
             waiting.append(number)
     jobs = (plan.job(staging.state, number, kind.measured) for number in waiting)
-    with contextlib.closing(engine.map(functools.partial(write_shard, task), jobs)) as results:
+    write = functools.partial(_write_what_is_seen, kind.root.resolve(), task)
+    with contextlib.closing(engine.map(write, jobs)) as results:
         for result in results:
             records.save(result)
             count(result)
             refuse_mixed_depths(depths)
+
+
+def _write_what_is_seen(root: Path, task: Task, job: Job) -> ShardResult:
+    """Write a shard where the source is mounted: elsewhere every image would be set aside as unreadable."""
+
+    def look() -> None:
+        if not root.exists():
+            raise WorkFailed(f"{root} cannot be seen by a worker; mount it and give the same command again")
+
+    look()
+    result = write_shard(task, job)
+    look()  # it may have gone away meanwhile
+    return result

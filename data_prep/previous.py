@@ -12,13 +12,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_prep.columns import values
-from data_prep.dataset import INDEX, QUARANTINE, QUARANTINE_SCHEMA
+from data_prep.dataset import INDEX, QUARANTINE
 from data_prep.dataset_info import DatasetInfo
 from data_prep.errors import UserError
 from data_prep.labels import UNKNOWN, LabelColumn
 from data_prep.plan import Base, difference
 from data_prep.quarantine import REASONS
-from data_prep.sources import Source, shown
+from data_prep.sources import REJECTED_SCHEMA, Source, shown
 from data_prep.staging import LINKS, Staging
 from data_prep.store import open_store
 
@@ -51,7 +51,9 @@ class Previous:
     def base(self) -> Base:
         pairs = self.index.select(["patient", "split"]).group_by(["patient", "split"]).aggregate([]).to_pylist()
         patients = {row["patient"]: row["split"] for row in pairs if row["patient"] is not None}
-        return Base.of(self.info, [pc.max(self.index.column("key")).as_py()], patients)
+        # Not the count of sources: files that are known are numbered again, and left out.
+        number = pc.max(self.links.column("number")).as_py() + 1
+        return Base.of(self.info, [pc.max(self.index.column("key")).as_py()], patients, number)
 
     def refuse_other(self, options: Mapping[str, Any], key_id: str | None, seed: int) -> None:
         """Whatever is added must be made as the rest was.
@@ -82,9 +84,14 @@ class Previous:
             )
         root = str(source.root.resolve())
         here = self.links.filter(pc.equal(self.links.column("root"), root)).column("path")
-        paths = pa.array([shown(name) for name in values(source.names)], pa.string())
-        known = pc.is_in(paths, value_set=here).to_numpy(zero_copy_only=False)
-        source = source.taken(np.flatnonzero(~known))
+
+        def new(names: pa.Array) -> pa.Array:
+            paths = pa.array([shown(name) for name in values(names)], pa.string())
+            return pc.invert(pc.is_in(paths, value_set=here))
+
+        rejected = source.rejected.filter(new(source.rejected.column("name").combine_chunks()))
+        rows = np.flatnonzero(new(source.names).to_numpy(zero_copy_only=False))
+        source = replace(source.taken(rows), rejected=rejected)
         if source.instances is not None:
             again = pc.is_in(source.instances, value_set=self.index.column("instance").drop_null())
             source = without_twice(source, again.to_numpy(zero_copy_only=False))
@@ -118,8 +125,9 @@ def without_twice(source: Source, again: np.ndarray) -> Source:
             "message": [REASONS[code]] * len(rows),
             "patient": source.patients.take(rows).cast(pa.string()),
             "instance": source.instances.take(rows),
+            "name": source.names.take(rows),
         },
-        schema=QUARANTINE_SCHEMA,
+        schema=REJECTED_SCHEMA,
     )
     rejected = pa.concat_tables([source.rejected, twice]).sort_by("number")
     return replace(source.taken(np.flatnonzero(~again)), rejected=rejected)

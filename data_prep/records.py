@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_prep.dataset import SHARDS, to_disk
+from data_prep.errors import WorkFailed
 from data_prep.plan import PlanFile
 from data_prep.shard import ShardFile
 from data_prep.store import Store, folder_to_disk
@@ -30,7 +32,14 @@ class Records:
         return self._folder / f"{number:06d}.parquet"
 
     def save(self, result: ShardResult) -> None:
-        """Keep a result; it appears whole, after its shard did."""
+        """Keep a result; it appears whole, after its shard did.
+
+        Raises:
+            WorkFailed: the shard is not there: the worker sees another folder under the name of OUT.
+        """
+        if result.file is not None and not self._there(result.number, result.file):
+            name = self._plan.jobs[result.number].shard
+            raise WorkFailed(f"{name} was written but is not there: every worker must see the same OUT")
         said = {
             "sources": result.sources,
             "file": None if result.file is None else result.file._asdict(),
@@ -38,7 +47,8 @@ class Records:
             "tallies": {channels: asdict(tally) for channels, tally in result.tallies.items()},
         }
         table = result.rows.replace_schema_metadata({_META: json.dumps(said).encode()})
-        part = self._path(result.number).with_suffix(".part")
+        # A name of its own: the same shard may be in two parts, where n was changed between commands.
+        part = self._path(result.number).with_suffix(f".{secrets.token_hex(4)}.part")
         pq.write_table(table, part, compression="zstd")
         to_disk(part)
         part.rename(self._path(result.number))
@@ -69,8 +79,9 @@ class Records:
             file, _ = self.said(number)
         except (FileNotFoundError, pa.ArrowInvalid, KeyError):
             return False
+        return file is None or self._there(number, file)
+
+    def _there(self, number: int, file: ShardFile) -> bool:
         name = f"{SHARDS}/{self._plan.jobs[number].shard}"
-        if file is None:
-            return True
         index = name.removesuffix(".tar") + ".idx"
         return self._store.size(name) == file.bytes and self._store.size(index) is not None

@@ -23,6 +23,8 @@ from data_prep.errors import UserError, nearest
 from data_prep.labels import UNKNOWN, LabelColumn
 
 SPLITS = ("train", "val", "test")
+# The name goes into the private link table and no further.
+REJECTED_SCHEMA = QUARANTINE_SCHEMA.append(pa.field("name", pa.large_binary(), nullable=False))
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Source:
         frames: (N,) int32 images in each file, None for one.
         instances: (N,) text: DICOM's instance as a pseudonym, or None.
         numbers: (N,) int64: each image's number among all that were found, None where none was set aside.
-        rejected: what was set aside before the plan, with QUARANTINE_SCHEMA.
+        rejected: what was set aside before the plan, with REJECTED_SCHEMA.
         notes: warnings for the user.
     """
 
@@ -58,7 +60,7 @@ class Source:
     frames: np.ndarray | None = None
     instances: pa.Array | None = None
     numbers: np.ndarray | None = None
-    rejected: pa.Table = field(default_factory=QUARANTINE_SCHEMA.empty_table)
+    rejected: pa.Table = field(default_factory=REJECTED_SCHEMA.empty_table)
     notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:

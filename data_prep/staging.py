@@ -11,20 +11,24 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_prep.dataset import INDEX, INFO, QUARANTINE, SHARDS
+from data_prep.dataset import INDEX, INFO, QUARANTINE, SHARDS, to_disk
 from data_prep.dataset_info import DatasetInfo, parse_info
-from data_prep.errors import UserError
+from data_prep.errors import UserError, WorkFailed
 from data_prep.store import FolderStore, Store, UrlStore, folder_to_disk, is_url, open_store
 
 LOCK = "lock"
 LANDED = "landed"  # in the hidden folder once the commit is done
-PENDING = "pending"  # in OUT.private until OUT is there: the SHA-256 of the dataset.json it belongs to
+PENDING = "pending"  # in OUT.private until OUT is there: OUT's URL and the SHA-256 of its dataset.json
 PLAN, RECORDS = "plan.json", "records"
 LINKS, AUDIT, REVIEW = "sources.parquet", "audit.jsonl", "review.html"
+_PATIENCE = 10.0  # seconds in which a part gets its lock while another ends
+_SHARD_FILE = re.compile(rf"{SHARDS}/[a-z0-9_]+-[0-9]{{5,}}\.(tar|idx)")
 
 
 class Staging:
@@ -55,21 +59,25 @@ class Staging:
                     "that links samples to files go there"
                 )
             self.out = str(out).rstrip("/")
-            self.final_private = Path(os.path.abspath(private))
+            self.final_private = Path(os.path.realpath(private))
         else:
-            folder = Path(os.path.abspath(out))
+            folder = Path(os.path.realpath(out))  # a link stays, and what it points to is replaced
+            if folder.parent == folder or os.path.ismount(folder):
+                raise UserError(f"{out} is a mount point, which cannot be renamed; give a folder inside it")
             self.out = str(folder)
             if private is not None:
                 raise UserError("--private is for an OUT that is a URL; beside a folder it is OUT.private")
             self.final_private = folder.with_name(folder.name + ".private")
+        if os.path.islink(self.final_private) or os.path.ismount(self.final_private):
+            raise UserError(f"{self.final_private} is a link or a mount point, which would be replaced by a folder")
         beside = self.final_private if self.remote else Path(self.out)
         self._old = beside.with_name(f".{beside.name}.old")  # of OUT; never there with a URL
         self.state = beside.with_name(f".{beside.name}.partial")
         self._old_private = self.final_private.with_name(f".{self.final_private.name}.private.old")
         self.dataset = self.state / "dataset"
         self.private = self.state / "private"
-        spare = self.state / "scratch"
-        self.store: Store = UrlStore(self.out) if self.remote else FolderStore(self.dataset, spare)
+        self._spare = self.state / "scratch"
+        self.store: Store = UrlStore(self.out) if self.remote else FolderStore(self.dataset, self._spare)
         self._overwrite = overwrite
         self._append = append
         self._locks: list[int] = []
@@ -86,29 +94,50 @@ class Staging:
             UserError: another run is at it, or something that is not ours stands in its place.
         """
         self.state.parent.mkdir(parents=True, exist_ok=True)
-        if self.state.exists() and not (self.state / LOCK).is_file() and any(self.state.iterdir()):
-            raise UserError(f"{self.state} is in the way and was not made by medpretrain")
-        self.state.mkdir(exist_ok=True)
         try:
-            self._lock(LOCK, fcntl.LOCK_EX if part is None else fcntl.LOCK_SH)
-            if part is not None:
-                self._lock(f"{LOCK}-{part[0]}-of-{part[1]}", fcntl.LOCK_EX)
+            self._own(part)
             with self.alone():
                 self._finish_killed_commit()
+                if part is None:
+                    shutil.rmtree(self._spare, ignore_errors=True)  # what killed workers left takes up room
                 self._make_folders()
             yield
         finally:
             self._release()
 
+    def _own(self, part: tuple[int, int] | None) -> None:
+        """Make the hidden folder and lock it; a run that ends just now may take it away meanwhile."""
+        ends = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                self.state.mkdir(exist_ok=True)
+                if not (self.state / LOCK).is_file() and any(self.state.iterdir()):
+                    raise UserError(f"{self.state} is in the way and was not made by medpretrain")
+                self._lock(LOCK, fcntl.LOCK_EX if part is None else fcntl.LOCK_SH)
+                break
+            except FileNotFoundError:  # taken away just now
+                if time.monotonic() > ends:
+                    raise
+            except BlockingIOError:
+                if part is None or time.monotonic() > ends:
+                    raise UserError(f"another run is writing {self.out}") from None
+                time.sleep(0.1)
+        if part is not None:
+            try:
+                self._lock(f"{LOCK}-{part[0]}-of-{part[1]}", fcntl.LOCK_EX)
+            except BlockingIOError:
+                raise UserError(f"another run is writing part {part[0]}/{part[1]} of {self.out}") from None
+
     def _lock(self, name: str, kind: int, wait: bool = False) -> None:
+        """Raises BlockingIOError where another holds it, FileNotFoundError where the file was taken away."""
         handle = os.open(self.state / name, os.O_CREAT | os.O_RDWR, 0o600)
         try:
             fcntl.flock(handle, kind | (0 if wait else fcntl.LOCK_NB))
-            if not os.fstat(handle).st_nlink:  # the other run ended just now and took the file along
-                raise BlockingIOError
-        except BlockingIOError:
+            if not os.fstat(handle).st_nlink:
+                raise FileNotFoundError(self.state / name)
+        except (BlockingIOError, FileNotFoundError):
             os.close(handle)
-            raise UserError(f"another run is writing {self.out}") from None
+            raise
         except OSError as error:
             os.close(handle)
             raise UserError(f"{self.state / name} cannot be locked on this file system: {error.strerror}") from None
@@ -124,6 +153,24 @@ class Staging:
         finally:
             while len(self._locks) > before:
                 os.close(self._locks.pop())
+
+    def refuse_other_parts(self) -> None:
+        """Before a plan is thrown away.
+
+        Raises:
+            UserError: another part is at work with it.
+        """
+        if not (self.state / PLAN).exists():
+            return
+        mine = {os.fstat(handle).st_ino for handle in self._locks}
+        for lock in self.state.glob(f"{LOCK}-*-of-*"):
+            if lock.stat().st_ino in mine:
+                continue
+            with lock.open("rb") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise UserError(f"{self.out}: other parts are at work with another plan; end them first") from None
 
     def refuse_foreign(self) -> tuple[DatasetInfo, str] | None:
         """Check that OUT may be written; returns the dataset that is there, and its SHA-256.
@@ -153,7 +200,12 @@ class Staging:
             UserError: something else is there.
         """
         store = open_store(self.out)
-        names = store.names()
+        try:
+            names = store.names()
+        except WorkFailed as error:
+            if isinstance(error.__cause__, (FileNotFoundError, PermissionError)):  # no bucket, no right to list
+                raise UserError(str(error)) from None
+            raise
         if INFO in names:
             with store.local(INFO) as file:
                 raw = file.read_bytes()
@@ -162,13 +214,15 @@ class Staging:
             except UserError as error:
                 raise UserError(f"{self.out} exists and will not be overwritten: {error}") from None
             strays = stray_files(names, info)
+            if self.remote and (self._overwrite or self._append):  # what a killed --append leaves
+                strays = [name for name in strays if not _SHARD_FILE.fullmatch(name)]
             if strays:
                 raise UserError(f"{self.out} exists and will not be overwritten: it also holds {strays[0]}")
             return info, hashlib.sha256(raw).hexdigest()
         # In an object store, shards without a dataset.json are what a killed run of ours leaves.
         ours = self.remote and (self._overwrite or (self.state / PLAN).exists())
         for name in names:
-            if not ours or not (name.startswith(f"{SHARDS}/") or name in (INDEX, QUARANTINE)):
+            if not ours or not (_SHARD_FILE.fullmatch(name) or name in (INDEX, QUARANTINE)):
                 raise UserError(f"{self.out} exists and will not be overwritten: it is no dataset and holds {name}")
         if not self.remote and Path(self.out).is_file():
             raise UserError(f"{self.out} exists and will not be overwritten: it is a file")
@@ -196,10 +250,21 @@ class Staging:
                 with contextlib.suppress(BlockingIOError):  # other parts are still at it
                     fcntl.flock(self._locks[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
                     self.clear()
-                    shutil.rmtree(self.state)
+                    self._remove_state()
         finally:
             while self._locks:
                 os.close(self._locks.pop())
+
+    def _remove_state(self) -> None:
+        """The lock that keeps others out goes last; whoever waited for it makes the folder anew."""
+        for left in self.state.iterdir():
+            if left.is_dir():
+                shutil.rmtree(left)
+            elif left.name != LOCK:
+                left.unlink()
+        (self.state / LOCK).unlink()
+        with contextlib.suppress(OSError):  # another run is there already
+            self.state.rmdir()
 
     # Commit
 
@@ -210,17 +275,14 @@ class Staging:
 
     def commit(self) -> None:
         """Make the dataset and OUT.private visible; what stood there before is removed last."""
-        (self.private / PENDING).write_text(_identity(self.dataset / INFO))
+        (self.private / PENDING).write_text(self._identity(self.dataset / INFO))
         for file in self.private.iterdir():
             os.chmod(file, 0o600)
-        if isinstance(self.store, UrlStore):
-            for name in (INDEX, QUARANTINE, INFO):  # dataset.json, by which it is a dataset, comes last
-                copy = self.state / f"{name}.upload"
-                shutil.copyfile(self.dataset / name, copy)
-                self.store.add(copy, name)
+            to_disk(file)
         if self.final_private.exists():
             self.final_private.rename(self._old_private)
         self.private.rename(self.final_private)
+        folder_to_disk(self.final_private.parent)
         if not self.remote:
             out = Path(self.out)
             if out.exists():
@@ -229,18 +291,36 @@ class Staging:
             folder_to_disk(out.parent)
         self._finish_killed_commit()
 
+    def _upload(self) -> None:
+        """Put the files of the dataset that are not shards; until the last is there, OUT is no dataset."""
+        if self._identity_there() != self._identity(self.dataset / INFO):
+            self.store.remove(INFO)
+            for name in (INDEX, QUARANTINE, INFO):
+                copy = self.state / f"{name}.upload"
+                shutil.copyfile(self.dataset / name, copy)
+                self.store.add(copy, name)
+        info = parse_info((self.dataset / INFO).read_bytes(), INFO)
+        for name in filter(_SHARD_FILE.fullmatch, stray_files(self.store.names(), info)):
+            self.store.remove(name)
+
     def landed(self) -> bool:
         """Whether a kill came between the last rename of a commit and the end of the run."""
         return (self.state / PLAN).exists() and (self.state / LANDED).exists()
 
     def _finish_killed_commit(self) -> None:
-        """Go forward if the new dataset is in its place, else back to the old one. Does nothing after a clean end."""
+        """Go forward if the new dataset is in its place, else back to the old one. Does nothing after a clean end.
+
+        With a URL there is no way back, but all that is to be uploaded is still here.
+        """
         pending = self.final_private / PENDING
+        if pending.is_file() and self.remote and (self.dataset / INFO).is_file():
+            if pending.read_text() != self._identity(self.dataset / INFO):
+                raise UserError(
+                    f"{self.final_private} belongs to a run for another OUT that is not ended: give its command again "
+                    "first, or another --private"
+                )
+            self._upload()
         if pending.is_file() and self._identity_there() == pending.read_text():
-            if isinstance(self.store, UrlStore):
-                there = parse_info((self.dataset / INFO).read_bytes(), INFO)
-                for name in stray_files(self.store.names(), there):
-                    self.store.remove(name)
             for old in (self._old, self._old_private):
                 if old.exists():
                     shutil.rmtree(old)
@@ -261,11 +341,11 @@ class Staging:
         if store.size(INFO) is None:
             return None
         with store.local(INFO) as file:
-            return _identity(file)
+            return self._identity(file)
 
-
-def _identity(info: Path) -> str:
-    return hashlib.sha256(info.read_bytes()).hexdigest()
+    def _identity(self, info: Path) -> str:
+        where = f"{self.out} " if self.remote else ""
+        return where + hashlib.sha256(info.read_bytes()).hexdigest()
 
 
 def stray_files(names: list[str], info: DatasetInfo) -> list[str]:

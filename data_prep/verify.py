@@ -1,181 +1,167 @@
-"""Find every flipped, cut, missing, swapped or added byte of a dataset, with memory that does not grow with it."""
+"""Prove that a dataset is what was written and what it says of itself, with memory that hardly grows with it."""
 
 from __future__ import annotations
 
-import itertools
-import json
+import contextlib
+import functools
+import hashlib
+import os
+import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from data_prep.dataset import (
-    INDEX,
-    INFO,
-    QUARANTINE,
-    SHARDS,
-    file_sha256,
-    index_schema,
-)
-from data_prep.dataset_info import DatasetInfo, ShardInfo, parse_info
+from data_prep import verify_readers
+from data_prep.dataset import INDEX, INFO, QUARANTINE, SHARDS
+from data_prep.dataset_info import DatasetInfo, parse_info
 from data_prep.errors import UserError
-from data_prep.shard import INDEX_VERSION, ShardError, index_line, members
+from data_prep.options import Progress
+from data_prep.pool import open_engine
 from data_prep.staging import stray_files
-from data_prep.store import FolderStore
+from data_prep.store import FolderStore, Store, open_store
+from data_prep.verify_index import Index, quarantine_problems
+from data_prep.verify_readers import READERS
+from data_prep.verify_shard import Check, Found, Problem, Work, check_shard, open_whole
+
+_QUICK = "not tried (quick): decoding the images, reading the shards with webdataset and DALI"
 
 
-@dataclass(frozen=True)
-class Problem:
-    """One thing that is wrong: the file, relative to the dataset, and what is wrong with it."""
+class Findings(list[Problem]):
+    """What is wrong with a dataset, in the order of its files; empty where nothing is.
 
-    file: str
-    message: str
+    Attributes:
+        notes: what was not tried, and why.
+        info: the content of dataset.json; None where it is missing or damaged.
+        sha256: that of dataset.json, which is the identity of the dataset.
+    """
 
-    def __str__(self) -> str:
-        return f"{self.file}: {self.message}"
+    def __init__(self) -> None:
+        super().__init__()
+        self.notes: list[str] = []
+        self.info: DatasetInfo | None = None
+        self.sha256: str | None = None
 
 
-def verify(path: str | Path, on_progress: Callable[[int, int], None] | None = None) -> list[Problem]:
-    """Compare a dataset with its own record of hashes, and its shards with its index.
+def verify(
+    path: str | Path,
+    *,
+    quick: bool = False,
+    workers: int = 1,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Findings:
+    """Compare a dataset with its own hashes and counts, its shards with its index, its images with their fingerprints.
 
-    Every byte of every file is read. A change made together with a new set of matching hashes is not found: compare
-    `Dataset.sha256` with a copy kept elsewhere for that.
+    Every byte of every file is read; every image is decoded; webdataset and DALI read every shard, where they are
+    installed; no patient, study, series or image may be in two splits.
+
+    What cannot be found is a change that someone made everywhere at once, with new hashes, to what is said nowhere
+    else: a patient, study, series or instance renamed in index and record alike (into no other split), so too a label;
+    `about`; an image replaced together with its fingerprint and size; some bits of the perceptual hash of a JPEG that
+    was encoded here, and its absence; a number, detail, patient or instance in the quarantine; statistics, options,
+    claims and where labels come from in dataset.json; bytes of a JPEG that no pixel depends on. Compare `sha256` with
+    one kept elsewhere for that.
 
     Args:
-        path: the dataset.
-        on_progress: called after each shard with shards done and shards in all.
-
-    Returns:
-        What is wrong; empty where nothing is.
+        path: the dataset: a folder, or an fsspec URL, of which `workers` shards at a time are on this machine.
+        quick: without decoding and the other readers.
+        workers: processes.
+        on_progress: called after each shard.
 
     Raises:
         UserError: there is no dataset at `path`.
+        WorkFailed: a worker was killed.
     """
-    folder = Path(path)
-    if not (folder / INFO).is_file() and not (folder / SHARDS).is_dir():
-        raise UserError(f"{folder} is no prepared dataset: it has no {INFO}")
-    if not (folder / INFO).is_file():
-        return [Problem(INFO, "is missing")]
+    store = open_store(path)
+    names = store.names()
+    findings = Findings()
+    if INFO not in names:
+        if not any(name.startswith(f"{SHARDS}/") for name in names):
+            raise UserError(f"{path} is no prepared dataset: it has no {INFO}")
+        findings.append(Problem(INFO, "is missing"))
+        return findings
+    with store.local(INFO) as file:
+        raw = file.read_bytes()
     try:
-        info = parse_info((folder / INFO).read_bytes(), INFO)
+        info = parse_info(raw, INFO)
     except UserError as error:
         # Its hashes cannot be trusted, so nothing else can be judged by them.
-        return [Problem(INFO, str(error))]
-    problems = [
-        Problem(name, "does not belong to the dataset")
-        for name in stray_files(FolderStore(folder, folder).names(), info)
-    ]
-    tables = []
-    for name, sha256 in ((INDEX, info.index_sha256), (QUARANTINE, info.quarantine_sha256)):
-        found = _file_problem(folder, name, sha256)
-        problems += found
-        if not found:
-            tables.append(name)
-    index = _IndexRows(folder / INDEX, info) if INDEX in tables else None
-    if index is not None and index.problem:
-        problems.append(Problem(INDEX, index.problem))
-        index = None
-    for number, shard in enumerate(info.shards, start=1):
-        found = list(_shard_problems(folder, shard))
-        problems += found
+        findings.append(Problem(INFO, str(error)))
+        return findings
+    findings.info, findings.sha256 = info, hashlib.sha256(raw).hexdigest()
+    if not _proper_shards(info):
+        findings.append(Problem(INFO, "its list of shards is not SPLIT-NUMBER.tar in order"))
+        return findings
+    strays = sorted([*stray_files(names, info), *_stray_folders(store, names)])
+    findings += [Problem(name, "does not belong to the dataset") for name in strays]
+    readers = tuple(reader for reader in READERS if not quick and verify_readers.installed(reader))
+    findings.notes += [_QUICK] if quick else []
+    findings.notes += [f"not tried: {READERS[r]} is not installed" for r in READERS if not quick and r not in readers]
+    check = Check(
+        store,
+        {name: list(vocabulary.names) for name, vocabulary in info.labels.items()},
+        bool(info.options.get("trust_images")),
+        not quick,
+        readers,
+    )
+    with contextlib.ExitStack() as stack:
+        opened = open_whole(stack, store, INDEX, info.index_sha256)
+        quarantine = open_whole(stack, store, QUARANTINE, info.quarantine_sha256)
+        index = None if isinstance(opened, Problem) else Index(opened, info)
+        found = _check_shards(check, info, index, workers, on_progress)
+        for result in (opened, quarantine):
+            if isinstance(result, Problem):
+                findings.append(result)
         if index is not None:
-            # The rows are taken from the stream even where the shard is damaged, to stay in step.
-            problem = index.mismatch(None if found else folder / SHARDS / shard.name, shard)
-            if problem is not None:
-                problems.append(problem)
-        if on_progress is not None:
-            on_progress(number, len(info.shards))
-    if index is not None and next(index.rows, None) is not None:
-        problems.append(Problem(INDEX, "has more rows than the shards have samples"))
-    return problems
+            findings += index.problems
+        for shard in sorted(found):
+            findings += shard.problems
+        findings.notes += sorted({note for shard in found for note in shard.notes})
+        if index is not None and not index.problems:
+            findings += index.judge()
+            if not isinstance(quarantine, Problem):
+                findings += quarantine_problems(quarantine, info, index.has_frames)
+    return findings
 
 
-def _file_problem(folder: Path, name: str, sha256: str, size: int | None = None) -> list[Problem]:
-    file = folder / name
-    if not file.is_file():
-        return [Problem(name, "is missing")]
-    found = file.stat().st_size
-    if size is not None and found != size:
-        return [Problem(name, f"has {found} bytes, not {size}")]
-    if file_sha256(file) != sha256:
-        return [Problem(name, "is damaged: its SHA-256 does not match")]
-    return []
+def _check_shards(
+    check: Check,
+    info: DatasetInfo,
+    index: Index | None,
+    workers: int,
+    on_progress: Callable[[Progress], None] | None,
+) -> list[Found]:
+    def work() -> Iterator[Work]:
+        shards = index.shards() if index is not None else ((shard, None) for shard in info.shards)
+        for number, (shard, rows) in enumerate(shards):
+            yield Work(number, shard, rows)
 
-
-def _shard_problems(folder: Path, shard: ShardInfo) -> Iterator[Problem]:
-    """Damage to a tar or its index, and disagreement between the two."""
-    name = f"{SHARDS}/{shard.name}"
-    idx = f"{SHARDS}/{shard.name.removesuffix('.tar')}.idx"
-    found = _file_problem(folder, name, shard.sha256, shard.bytes)
-    found_idx = _file_problem(folder, idx, shard.idx_sha256)
-    yield from found
-    yield from found_idx
-    if found or found_idx:
-        return
-    lines = [f"{INDEX_VERSION} {shard.samples}\n"]
+    found: list[Found] = []
+    images = size = 0
     try:
-        walk = members(folder / name)
-        lines += [index_line(image, record) for image, record in zip(walk, walk, strict=True)]
-    except ShardError as error:
-        yield Problem(name, str(error))
+        with open_engine(workers, None) as engine:
+            for result in engine.map(functools.partial(check_shard, check), work()):
+                found.append(result)
+                images += info.shards[result.number].samples
+                size += info.shards[result.number].bytes
+                if on_progress is not None:
+                    on_progress(Progress("images", images, info.samples, size))
+    finally:
+        verify_readers.close()
+    return found
+
+
+def _proper_shards(info: DatasetInfo) -> bool:
+    """Names are taken as paths, so they are looked at first."""
+    names = [shard.name for shard in info.shards]
+    form = re.compile(f"(?:{'|'.join(map(re.escape, info.splits))})-[0-9]{{5,}}\\.tar")
+    return names == sorted(set(names)) and all(form.fullmatch(name) for name in names)
+
+
+def _stray_folders(store: Store, names: list[str]) -> Iterator[str]:
+    """Folders that a listing of files does not show: empty ones, and links to others."""
+    if not isinstance(store, FolderStore):
         return
-    except ValueError:  # zip's, for an odd number of members
-        yield Problem(name, "does not hold pairs of an image and its JSON")
-        return
-    if len(lines) != shard.samples + 1:
-        yield Problem(name, f"holds {len(lines) - 1} samples, not {shard.samples}")
-    elif (folder / idx).read_bytes() != "".join(lines).encode():
-        yield Problem(idx, "does not describe its tar")
-
-
-class _IndexRows:
-    """The rows of index.parquet as a stream, taken shard by shard."""
-
-    def __init__(self, path: Path, info: DatasetInfo) -> None:
-        self.problem: str | None = None
-        try:
-            self._file = pq.ParquetFile(path)
-            if self._file.schema_arrow.remove_metadata() != index_schema(list(info.labels)):
-                self.problem = f"does not have the columns that {INFO} announces"
-        except (pa.ArrowException, OSError) as error:
-            self.problem = f"is no readable Parquet file: {error}"
-        self._info = info
-        self.rows = self._stream()
-
-    def _stream(self) -> Iterator[dict[str, Any]]:
-        for batch in self._file.iter_batches(batch_size=1 << 12):
-            yield from batch.to_pylist()
-
-    def mismatch(self, tar: Path | None, shard: ShardInfo) -> Problem | None:
-        """Take a shard's rows; compare them with its members unless `tar` is None."""
-        rows = list(itertools.islice(self.rows, shard.samples))
-        held = sum(row["shard"] == shard.name for row in rows)
-        if held != shard.samples:
-            return Problem(INDEX, f"has {held} rows for {shard.name}, which holds {shard.samples}")
-        if tar is None:
-            return None
-        walk = members(tar)
-        with tar.open("rb") as file:
-            for row, image, record in zip(rows, walk, walk, strict=True):
-                name = f"{row['key']}.{row['extension']}"
-                if (image.name, image.offset, image.size) != (name, row["offset"], row["length"]):
-                    return Problem(INDEX, f"does not match {shard.name} at sample {row['key']}")
-                file.seek(record.offset)
-                if record.name != f"{row['key']}.json" or not self._same(file.read(record.size), row):
-                    return Problem(f"{SHARDS}/{shard.name}", f"the JSON of sample {row['key']} does not match {INDEX}")
-        return None
-
-    def _same(self, record: bytes, row: dict[str, Any]) -> bool:
-        """Whether a sample's JSON says what its row says."""
-        labels = {}
-        for name, vocabulary in self._info.labels.items():
-            place = row[f"label.{name}"]
-            labels[name] = vocabulary.names[place] if 0 <= place < len(vocabulary.names) else None
-        said = {name: row[name] for name in ("split", "width", "height", "bit_depth", "channels", "patient")}
-        try:
-            return bool(json.loads(record) == {**said, "labels": labels})
-        except ValueError:
-            return False
+    for where, folders, _ in os.walk(store.folder):
+        for folder in folders:
+            name = os.path.relpath(os.path.join(where, folder), store.folder)
+            if name != SHARDS and not any(file.startswith(f"{name}/") for file in names):
+                yield name

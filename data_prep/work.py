@@ -84,8 +84,9 @@ class Tally:
 
     def add(self, values: np.ndarray) -> None:
         """Count the pixels of one image: (height, width) or (height, width, 3)."""
-        flat = values.reshape(-1, 1 if values.ndim == 2 else values.shape[2]).astype(np.int64)
-        self.merge(Tally(1, len(flat), flat.sum(axis=0).tolist(), np.einsum("nc,nc->c", flat, flat).tolist()))
+        planes = values.reshape(-1, 1 if values.ndim == 2 else values.shape[2]).T
+        flat = np.ascontiguousarray(planes).astype(np.int64)  # a channel a row: about half the time
+        self.merge(Tally(1, flat.shape[1], flat.sum(axis=1).tolist(), np.einsum("cn,cn->c", flat, flat).tolist()))
 
     def merge(self, other: Tally) -> None:
         """Add another tally's sums."""

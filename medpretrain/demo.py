@@ -54,9 +54,9 @@ def run_demo(out: Path, *, per_class: int, steps: int | None = None, seed: int =
         shard_size=256,
         workers=len(os.sched_getaffinity(0)),
     )
-    problems = verify(shards)
+    problems = verify(shards, workers=len(os.sched_getaffinity(0)))
     assert not problems, problems
-    console.print(f"{done.info.samples} images in {len(done.info.shards)} shards, every byte verified")
+    console.print(f"{done.info.samples} images in {len(done.info.shards)} shards, every byte and image verified")
     for number, name in enumerate(RECIPES, start=3):
         console.rule(f"{number}. pretraining, kNN and export: {name}")
         overrides = [f"data.path={shards}", f"run.dir={out / 'runs' / name}"]

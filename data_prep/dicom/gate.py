@@ -43,6 +43,19 @@ GATE_KEYWORDS = (
     "SequenceOfUltrasoundRegions",
     "SeriesDescription",
 )
+# What a human's review lifts.
+LIFTED = frozenset(
+    (
+        "burned_in",
+        "burned_in_unknown",
+        "converted",
+        "dose_report",
+        "screen_save",
+        "secondary_capture",
+        "slide_label",
+        "ultrasound_uncropped",
+    )
+)
 LEAST_CUT = 0.05  # share of the image that a crop must take away to be one: a banner is larger
 _TWO_DIMENSIONAL = 1  # RegionSpatialFormat, PS3.3 C.8.5.5.1.1; others are curves and bars with their labels
 _MOST_REGIONS = 16

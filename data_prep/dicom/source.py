@@ -19,7 +19,6 @@ import numpy as np
 import pyarrow as pa
 
 from data_prep.columns import Words
-from data_prep.dataset import QUARANTINE_SCHEMA
 from data_prep.dataset_info import Deidentification
 from data_prep.dicom.anatomy import AnatomyTable, load_table, locate, modality_id
 from data_prep.dicom.gate import gate
@@ -38,7 +37,7 @@ from data_prep.pool import Engine
 from data_prep.previous import without_twice
 from data_prep.quarantine import Rejected
 from data_prep.samples import from_array
-from data_prep.sources import Source
+from data_prep.sources import REJECTED_SCHEMA, Source
 from data_prep.work import Picture, Reader
 
 CHUNK = 256  # files whose headers a worker scans at a time
@@ -304,7 +303,7 @@ def scanned(rules: Rules, engine: Engine, report: Callable[[int, int | None], No
     every = pa.concat_tables(tables)
     tables.clear()
     usable = every.column("reason").is_null()
-    rejected = every.filter(every.column("reason").is_valid()).select(QUARANTINE_SCHEMA.names).cast(QUARANTINE_SCHEMA)
+    rejected = every.filter(every.column("reason").is_valid()).select(REJECTED_SCHEMA.names).cast(REJECTED_SCHEMA)
     table = every.filter(usable).combine_chunks()
     del every
 

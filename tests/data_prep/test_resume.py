@@ -222,7 +222,7 @@ def test_a_run_without_space_says_so_and_goes_on_later(
         return close(self)
 
     monkeypatch.setattr(ShardWriter, "close", full)
-    with pytest.raises(WorkFailed, match=r"No space left on device; what is done is kept in .*make room"):
+    with pytest.raises(WorkFailed, match=r"No space left on device .*mounted at /.*what is done is kept: make room"):
         prepare(tree, tmp_path / "out", shard_size=6)
     assert not (tmp_path / "out").exists()
     shards = list((tmp_path / ".out.partial").rglob("*.tar"))

@@ -9,7 +9,7 @@ import pydicom
 import pytest
 from pydicom.dataset import Dataset
 
-from data_prep.dicom.gate import Region, gate, may_show_a_face
+from data_prep.dicom.gate import LIFTED, Region, gate, may_show_a_face
 from data_prep.dicom.profile import Profile
 from data_prep.quarantine import Rejected
 
@@ -56,6 +56,7 @@ def reason(dataset: Dataset, profile: Profile, reviewed: bool = False) -> str:
 )
 def test_what_may_show_a_name_is_refused_unless_a_human_looked(make, strict, attributes, code):
     assert reason(make(**attributes), strict) == code
+    assert code in LIFTED
     assert gate(make(**attributes), strict, reviewed=True).crop is None
 
 
@@ -86,6 +87,7 @@ def test_no_review_makes_an_image_of_what_is_none(make, strict, end, name):
 def test_private_and_missing_classes_have_reasons_of_their_own(make, strict):
     assert reason(make(SOPClassUID="1.2.3.4.5"), strict, reviewed=True) == "private_object"
     assert reason(make(SOPClassUID=None), strict, reviewed=True) == "no_sop_class"
+    assert LIFTED.isdisjoint(("private_object", "no_sop_class", "not_an_image_object"))
 
 
 def scan_region(left: int, top: int, right: int, bottom: int, kind: int = 1) -> Dataset:
