@@ -17,7 +17,6 @@ from data_prep.cli_prepare import COMMANDS, Out, Workers
 from data_prep.dataset import Dataset
 from data_prep.dicom.pseudonyms import write_key
 from data_prep.progress import progress
-from data_prep.review import review
 from data_prep.stats import stats
 from data_prep.verify import verify
 
@@ -90,6 +89,8 @@ def review_command(
     It shows pictures of what was set aside, names in them too, so it is private. Burned-in text that is none can be
     approved there: the page saves a reviewed.csv for 'prep dicom --reviewed'.
     """
+    from data_prep.review import review  # it loads pydicom and its decoders, which takes seconds
+
     found = review(out, private, html, images, seed)
     typer.echo(
         f"{found.path}: {found.kept} kept images, {found.set_aside} set aside, of which a human may approve "

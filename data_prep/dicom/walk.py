@@ -47,8 +47,8 @@ def walk(root: Path) -> Iterator[bytes]:
             yield from _folder(os.fsencode(root), b"", ())
         except OSError as error:
             raise UserError(
-                f"{root}, or a folder in it, cannot be read: {error.strerror}; its name may be a patient's, so look for "
-                f"it yourself: find {root} -type d ! -readable"
+                f"{root}, or a folder in it, cannot be read: {error.strerror}; its name may be a patient's, so look "
+                f"for it yourself: find {root} -type d ! -readable"
             ) from None
     elif not root.exists():
         raise UserError(f"{root} does not exist")

@@ -30,7 +30,7 @@ from PIL import Image
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
 
-from tests.data_prep.dicom.planted import Planted, planted
+from tests.data_prep.dicom.planted import COLUMNS, FRAMES, KINDS, ROWS, SCAN, Planted, planted
 
 LAYOUTS = ("folder", "bare names", "archives", "one archive", "DICOMDIR", "only what DICOMDIR lists")
 _GRAM = 6
@@ -145,6 +145,21 @@ def parquet_text(path: Path) -> bytes:
     table = pq.read_table(path)
     said = [str(table.schema), str(table.schema.metadata), str(pq.ParquetFile(path).metadata), table.to_pylist()]
     return json.dumps(said, ensure_ascii=False, default=lambda value: value.hex()).encode("utf-8", "surrogateescape")
+
+
+def pictures(kind: str) -> list[np.ndarray]:
+    """The 8-bit images that an accepted file of a kind becomes, by the equations of the standard."""
+    ramp = np.add.outer(np.arange(ROWS), np.arange(COLUMNS))
+    if KINDS[kind][1] in ("US", "OP"):
+        colour = np.stack([ramp, ramp * 2, 255 - ramp], axis=-1)
+        left, top, right, bottom = SCAN
+        return [colour[top : bottom + 1, left : right + 1] if kind == "US" else colour]
+    found = []
+    for frame in range(FRAMES.get(kind, 1)):
+        values = ramp * 16 + frame - (1024 if kind == "CT" else 0)
+        gray = np.rint(np.clip((values - (800 - 0.5)) / (1600 - 1) + 0.5, 0, 1) * 255)
+        found.append(255 - gray if kind == "CR" else gray)
+    return found
 
 
 def samples(out: Path) -> dict[str, tuple[bytes, dict[str, Any], str]]:

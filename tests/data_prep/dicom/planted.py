@@ -90,9 +90,9 @@ _OF_KEPT = _words(
     """
 )
 _IDENTITY = ("PatientID", "IssuerOfPatientID", "StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")
-_ROWS, _COLUMNS = 48, 64
-_FRAMES = {"enhanced MR": 3}
-_SCAN = (4, 12, 59, 43)  # of an ultrasound image: left, top, right, bottom
+ROWS, COLUMNS = 48, 64
+FRAMES = {"enhanced MR": 3}
+SCAN = (4, 12, 59, 43)  # of an ultrasound image: left, top, right, bottom
 _DECIDING = {"ImageType", "SOPClassUID", "Modality", "ConversionType", "SpecificCharacterSet", "NumberOfFrames"}
 
 
@@ -184,21 +184,6 @@ def plant(
     sentinels = tuple(dict.fromkeys(secrets.known))
     of_name = frozenset(secrets.known[inside:])
     return Planted(name, data, sentinels, kind, KINDS[kind][2], tuple(secrets.values), of_name, identity)
-
-
-def pictures(kind: str) -> list[np.ndarray]:
-    """The 8-bit images that an accepted file of a kind becomes, by the equations of the standard."""
-    ramp = np.add.outer(np.arange(_ROWS), np.arange(_COLUMNS))
-    if KINDS[kind][1] in ("US", "OP"):
-        colour = np.stack([ramp, ramp * 2, 255 - ramp], axis=-1)
-        left, top, right, bottom = _SCAN
-        return [colour[top : bottom + 1, left : right + 1] if kind == "US" else colour]
-    found = []
-    for frame in range(_FRAMES.get(kind, 1)):
-        values = ramp * 16 + frame - (1024 if kind == "CT" else 0)
-        gray = np.rint(np.clip((values - (800 - 0.5)) / (1600 - 1) + 0.5, 0, 1) * 255)
-        found.append(255 - gray if kind == "CR" else gray)
-    return found
 
 
 class _Secrets:
@@ -328,13 +313,8 @@ def _private(dataset: Dataset, secrets: _Secrets) -> None:
 def _graphics(dataset: Dataset, secrets: _Secrets) -> None:
     """An overlay and an icon, whose very bytes are secrets."""
     overlay = {
-        0x10: ("US", 8),
-        0x11: ("US", 10),
-        0x40: ("CS", "G"),
-        0x50: ("SS", [1, 1]),
-        0x100: ("US", 1),
-        0x102: ("US", 0),
-    }
+        0x10: ("US", 8), 0x11: ("US", 10), 0x40: ("CS", "G"), 0x50: ("SS", [1, 1]), 0x100: ("US", 1), 0x102: ("US", 0),
+    }  # fmt: skip
     for element, (vr, value) in overlay.items():
         _add(dataset, 0x60000000 + element, vr, value)
     for element in (0x22, 0x1500):
@@ -373,9 +353,9 @@ def _image(dataset: Dataset, secrets: _Secrets, kind: str, syntax: str) -> None:
     if kind == "SR":
         return
     colour = modality in ("US", "OP")
-    frames = _FRAMES.get(kind, 1)
-    ramp = np.add.outer(np.arange(_ROWS), np.arange(_COLUMNS))
-    dataset.Rows, dataset.Columns, dataset.SamplesPerPixel = _ROWS, _COLUMNS, 3 if colour else 1
+    frames = FRAMES.get(kind, 1)
+    ramp = np.add.outer(np.arange(ROWS), np.arange(COLUMNS))
+    dataset.Rows, dataset.Columns, dataset.SamplesPerPixel = ROWS, COLUMNS, 3 if colour else 1
     dataset.PixelRepresentation = 0
     if colour:
         dataset.PhotometricInterpretation, dataset.PlanarConfiguration = "RGB", 0
@@ -398,8 +378,8 @@ def _image(dataset: Dataset, secrets: _Secrets, kind: str, syntax: str) -> None:
     if kind == "US":
         scan = Dataset()
         scan.RegionSpatialFormat, scan.RegionDataType = 1, 1
-        scan.RegionLocationMinX0, scan.RegionLocationMinY0 = _SCAN[:2]
-        scan.RegionLocationMaxX1, scan.RegionLocationMaxY1 = _SCAN[2:]
+        scan.RegionLocationMinX0, scan.RegionLocationMinY0 = SCAN[:2]
+        scan.RegionLocationMaxX1, scan.RegionLocationMaxY1 = SCAN[2:]
         dataset.SequenceOfUltrasoundRegions = [scan]
     dataset.add_new(0x7FE00010, "OB" if bits == 8 else "OW", pixels.tobytes())
 

@@ -31,8 +31,8 @@ from data_prep.options import Options, Running
 from data_prep.prepare import Summary, prepare
 from data_prep.records import Records
 from data_prep.staging import Staging
-from tests.data_prep.dicom.exports import Export, exports, found, heaps, overheard, pixels, pseudonym, samples
-from tests.data_prep.dicom.planted import CHARACTER_SETS, KINDS, SYNTAXES, pictures, plant
+from tests.data_prep.dicom.exports import Export, exports, found, heaps, overheard, pictures, pixels, pseudonym, samples
+from tests.data_prep.dicom.planted import CHARACTER_SETS, KINDS, SYNTAXES, plant
 
 EXAMPLES = int(os.environ.get("LEAK_EXAMPLES", 30))
 ROOT = Path(__file__).resolve().parents[3]
@@ -107,7 +107,7 @@ def test_no_secret_of_an_export_is_in_what_comes_of_it(export: Export, shape: di
                     prepare(kind, folder / "out", options, Running())
                 except (Killed, Exception) as error:
                     problem = "".join(traceback.format_exception(error))
-                    assert not wanted or not isinstance(error, UserError)
+                    assert not wanted or not isinstance(error, UserError)  # noqa: PT017
                 else:
                     assert not wanted
                     problem = ""

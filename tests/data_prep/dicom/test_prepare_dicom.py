@@ -195,7 +195,7 @@ def test_workers_a_kill_and_other_file_names_change_no_byte(
         with pytest.raises(Killed):
             run(key, "three", options)
     assert not (key.parent / "three").exists()
-    with pytest.raises(UserError, match="another plan is there .bits was 8 and is now 16"):
+    with pytest.raises(UserError, match=r"another plan is there .bits was 8 and is now 16"):
         run(key, "three", options, bits=16)
     run(key, "three", options)
     assert contents(key.parent / "three") == whole
@@ -218,7 +218,7 @@ def test_an_added_export_becomes_new_shards_and_known_instances_do_not_come_twic
     first = run(key, options=Options(shard_size=3))
     assert first.info.reasons == {"duplicate_instance": 1}
     before = contents(key.parent / "out")
-    with pytest.raises(UserError, match="none of .* can be used"):
+    with pytest.raises(UserError, match=r"none of .* can be used"):
         run(key, options=Options(shard_size=3), append=True)
     put("b/known under another name", "1.3", PatientID="N1")
     for uid in ("2.1", "2.2"):
