@@ -22,7 +22,9 @@ class Audit:
     def say(self, event: str, **facts: Any) -> None:
         """Add a line and flush it to disk. `facts` are counts, codes, hashes and options, never a name or a path."""
         if not self._path.exists() and self._before.exists():
-            shutil.copyfile(self._before, self._path)
+            part = self._path.with_suffix(".part")  # on a full disk half a copy must not pass for the whole
+            shutil.copyfile(self._before, part)
+            part.rename(self._path)
         time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         line = json.dumps({"time": time, "event": event, "tool": created_by(), **facts}, sort_keys=True)
         handle = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)

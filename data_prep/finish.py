@@ -196,8 +196,8 @@ def _write_links(staging: Staging, plan: PlanFile, records: Records, previous: P
                 [root] * len(table),
                 [shown(name) for name in table.column("name").to_pylist()],
                 [None if position in reasons else key_of(position) for position in positions],
-                table.column("patient").cast(pa.string()),
-                table.column("pseudonym").cast(pa.string()),
+                table.column("patient"),
+                table.column("pseudonym"),
                 [reasons.get(position) for position in positions],
             ]
             file.write_table(pa.table(columns, schema=schema))

@@ -157,10 +157,13 @@ def _checked(name: str | None, root: Path, i: int, place: Place) -> str:
 
 def _refuse_twice(names: pa.Array, place: Place) -> None:
     """A file may stand in a manifest once, however its path is written."""
-    digests = b"".join(hashlib.blake2b(os.path.normpath(name), digest_size=16).digest() for name in values(names))
-    marks = np.frombuffer(digests, "<u8").reshape(-1, 2)
-    order = np.lexsort((marks[:, 1], marks[:, 0]))
-    same = np.flatnonzero((marks[order][1:] == marks[order][:-1]).all(axis=1))
+    digests = bytearray()
+    for name in values(names):
+        digests += hashlib.blake2b(os.path.normpath(name), digest_size=16).digest()
+    low, high = np.frombuffer(digests, "<u8").reshape(-1, 2).T
+    order = np.lexsort((high, low))
+    low, high = low[order], high[order]
+    same = np.flatnonzero((low[1:] == low[:-1]) & (high[1:] == high[:-1]))
     if len(same):
         pairs = [(int(order[row + 1]), int(order[row])) for row in same]
         again, first = min(pairs)

@@ -178,8 +178,9 @@ def write_plan(
         [
             pa.field("number", pa.int64()),
             pa.field("name", pa.large_binary()),
-            pa.field("patient", pa.dictionary(pa.int32(), pa.string())),
-            pa.field("pseudonym", pa.dictionary(pa.int32(), pa.string())),
+            # Not as dictionaries: each row group would hold all patients there are.
+            pa.field("patient", pa.string()),
+            pa.field("pseudonym", pa.string()),
             *(pa.field(LABEL_PREFIX + name, pa.int32()) for name in source.labels),
         ]
     )
@@ -201,8 +202,8 @@ def write_plan(
                 pa.array(base.number + numbers[rows]),
                 source.names.take(rows),
                 # A pseudonym made with a key stands for itself: who it was is not kept.
-                pa.nulls(len(rows), schema.field("patient").type) if source.keyed else source.patients.take(rows),
-                pseudonyms.take(rows),
+                pa.nulls(len(rows), pa.string()) if source.keyed else source.patients.take(rows).cast(pa.string()),
+                pseudonyms.take(rows).cast(pa.string()),
                 *(pa.array(column.ids[rows]) for column in source.labels.values()),
             ]
             file.write_table(pa.table(columns, schema=schema), row_group_size=1 << 30)

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import pyarrow.parquet as pq
 
 from data_prep.audit import Audit
-from data_prep.dataset import created_by
+from data_prep.dataset import SHARDS, created_by
 from data_prep.dataset_info import DatasetInfo, Deidentification
 from data_prep.errors import UserError, WorkFailed, nearest
 from data_prep.finish import Unusable, finish, refuse_mixed_depths
@@ -92,7 +92,8 @@ def prepare(kind: Kind, out: str | Path, options: Options, running: Running) -> 
     to their sources; it must not leave with the dataset.
 
     Raises:
-        UserError: anything in the source or the options that cannot be used; `out` is then left as it was.
+        UserError: anything in the source or the options that cannot be used; `out` is then left as it was, but for a
+            URL that is overwritten: from its first new shard on it is no dataset.
         WorkFailed: a full disk, a killed worker; what is done is kept, and the same command goes on.
     """
     started = time.monotonic()
@@ -127,7 +128,7 @@ def prepare(kind: Kind, out: str | Path, options: Options, running: Running) -> 
             plan = _planned(kind, staging, request, options, running, engine, previous, audit)
         records = Records(staging.state / RECORDS, plan, staging.store)
         warnings = list(plan.notes)
-        with _forgets_what_cannot_be(staging, running):
+        with _forgets_what_cannot_be(staging, plan, running):
             _work(kind, staging, plan, records, running, engine)
         with staging.alone():
             if read_plan(staging.state) is None:  # another part was last, and has finished
@@ -137,9 +138,10 @@ def prepare(kind: Kind, out: str | Path, options: Options, running: Running) -> 
             else:
                 left = sum(not records.done(number) for number in range(len(plan.jobs)))
                 if left:
-                    assert running.part is not None
+                    if running.part is None:
+                        raise WorkFailed(f"{staging.out}: {left} shards vanished; give the same command again")
                     return Unfinished(staging.out, left)
-                with _forgets_what_cannot_be(staging, running):
+                with _forgets_what_cannot_be(staging, plan, running):
                     info, more = finish(staging, plan, records, options, shown, claimed, previous, audit)
                 warnings += more
                 staging.commit()
@@ -179,13 +181,17 @@ def _refuse_nesting(source: Path, staging: Staging) -> None:
 
 
 @contextlib.contextmanager
-def _forgets_what_cannot_be(staging: Staging, running: Running) -> Iterator[None]:
+def _forgets_what_cannot_be(staging: Staging, plan: PlanFile, running: Running) -> Iterator[None]:
     """Where the images cannot become a dataset, there is nothing to go on from; other parts may still be at it."""
     try:
         yield
     except Unusable:
         if running.part is None:
             staging.clear()
+            if staging.remote:
+                for job in plan.jobs:
+                    for ending in (".tar", ".idx"):
+                        staging.store.remove(f"{SHARDS}/{job.shard.removesuffix('.tar')}{ending}")
         raise
 
 

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from data_prep.errors import UserError
@@ -115,3 +116,12 @@ def test_the_same_part_twice_is_refused(tree: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="another run is writing"):
             prepare(tree, tmp_path / "out")
     assert os.listdir(tmp_path) == ["tree"]
+
+
+def test_the_plan_holds_each_shard_its_own_patients_alone(tree: Path, tmp_path: Path) -> None:
+    for number in range(400):
+        (tree / "cat" / f"{1000 + number}_left.png").write_bytes(b"")
+    kind = Images(tree, patient_pattern=r"(\d+)_")
+    assert isinstance(prepare_kind(kind, tmp_path / "out", Options(shard_size=4), Running(part=(200, 200))), Unfinished)
+    group = pq.ParquetFile(tmp_path / ".out.partial" / "plan.parquet").metadata.row_group(0)
+    assert max(group.column(place).total_uncompressed_size for place in range(group.num_columns)) < 500  # bytes

@@ -332,6 +332,14 @@ def test_what_cannot_be_opened_says_why(
     assert (tmp_path / ".secret.partial" / "plan.json").exists()
 
 
+def test_images_that_cannot_be_a_dataset_leave_nothing(tree: Path, tmp_path: Path, bucket: str, draw: Draw) -> None:
+    (tree / "cat" / "deep.png").write_bytes(draw(1, "PNG", mode="I;16"))
+    with pytest.raises(UserError, match="are mixed"):
+        prepare(tree, f"s3://{bucket}/out", private=tmp_path / "secret", shard_size=3)
+    assert not objects(bucket)
+    assert os.listdir(tmp_path) == ["tree"]
+
+
 def test_the_plan_of_one_url_is_not_used_for_another(tree: Path, tmp_path: Path, bucket: str) -> None:
     private = tmp_path / "secret"
     assert run_killed(2, commit=True, source=tree, out=f"s3://{bucket}/out", private=private)
