@@ -99,7 +99,7 @@ def test_a_disk_that_is_too_small_ends_the_run_in_one_line_and_it_goes_on(
         (prepare, "save_plan"),
         (records, "asdict"),  # while a record is written
         (prepare, "finish"),
-        (finish, "_without_duplicates"),
+        (finish, "deduplicated"),
         (finish, "_quarantine"),
         (finish, "_write_links"),
         (Staging, "commit"),

@@ -223,10 +223,9 @@ def test_the_page_never_goes_into_the_dataset(tree: Path, tmp_path: Path) -> Non
     prepare_images(tree, tmp_path / "out")
     (tmp_path / "link").symlink_to(tmp_path / "out")
     private = tmp_path / "out.private"
-    for out in (tmp_path / "out", f"file://{tmp_path}/out"):
-        for page in (tmp_path / "out" / "a.html", tmp_path / "link" / "shards" / "a.html"):
-            with pytest.raises(UserError, match="must not leave"):
-                review(out, private, page)
+    for page in (tmp_path / "out" / "a.html", tmp_path / "link" / "shards" / "a.html"):
+        with pytest.raises(UserError, match="must not leave"):
+            review(tmp_path / "out", private, page)
     assert not list((tmp_path / "out").rglob("*.html"))
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
-import pyarrow as pa
 import pytest
 
-from data_prep import finish
+from data_prep import deduplicate, finish
 from data_prep.images import prepare
+from data_prep.plan import PlanFile
 from data_prep.records import Records
 from data_prep.staging import Staging
 from data_prep.store import FolderStore
@@ -28,10 +27,10 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
-def drop_some(rows: pa.Table, kind: str, keep_first: int = 0) -> SimpleNamespace:
+def drop_some(plan: PlanFile, records: Records, *rest: object) -> dict[str, object]:
     """One image of the first shard, all of the second."""
-    keys = rows.column("key").to_pylist()
-    return SimpleNamespace(counts={}, warnings=[], drop=[keys[1], *keys[4:8]])
+    keys = [key for number in (0, 1) for key in records.load(number).rows.column("key").to_pylist()]
+    return {"found": {}, "warnings": [], "drop": [keys[1], *keys[4:8]]}
 
 
 def run_killed(step: int, tree: Path, out: Path, **how: object) -> bool:
@@ -48,7 +47,7 @@ def run_killed(step: int, tree: Path, out: Path, **how: object) -> bool:
 
         return call
 
-    def flagged(*arguments: object, real: Callable[..., object] = finish._without_duplicates) -> object:
+    def flagged(*arguments: object, real: Callable[..., object] = finish.deduplicated) -> object:
         nonlocal finishing
         finishing = True
         result = real(*arguments)
@@ -62,7 +61,7 @@ def run_killed(step: int, tree: Path, out: Path, **how: object) -> bool:
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in ((FolderStore, "add"), (FolderStore, "remove"), (Records, "save")):
             patch.setattr(owner, name, counted(getattr(owner, name)))
-        patch.setattr(finish, "_without_duplicates", flagged)
+        patch.setattr(finish, "deduplicated", flagged)
         patch.setattr(Staging, "_release", as_the_kernel)
         try:
             prepare(tree, out, **how)  # type: ignore[arg-type]
@@ -74,7 +73,7 @@ def run_killed(step: int, tree: Path, out: Path, **how: object) -> bool:
 def test_a_run_killed_while_duplicates_are_taken_out_goes_on(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(finish, "search", drop_some)
+    monkeypatch.setattr(deduplicate, "_search", drop_some)
     prepare(tree, tmp_path / "whole", shard_size=4, drop_duplicates=True)
     assert not verify(tmp_path / "whole")
     assert len(list((tmp_path / "whole" / "shards").glob("*.tar"))) == 5
