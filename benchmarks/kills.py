@@ -2,8 +2,9 @@
 
     python benchmarks/kills.py [--kills 50] [--seed N] [--out benchmarks/results]
 
-Each trial kills the whole process group with SIGKILL at a moment drawn evenly over the duration of an undisturbed run,
-from its first file to its last rename. In some the run that goes on is killed too. What there is in the end, OUT and
+Each trial kills the whole process group with SIGKILL: half of the time at a moment drawn evenly over the duration of an
+undisturbed run, from its first file on; else at a stage drawn first (plan, shards, finish, commit), so that the short
+ones are hit too, and a moment drawn after its begin. In some the run that goes on is killed too. What there is in the end, OUT and
 OUT.private, must be that of the undisturbed run, but for the audit log, which tells the time.
 """
 
@@ -30,6 +31,7 @@ from PIL import Image
 from data_prep.synthetic import make_demo_images
 
 ROOT = Path(__file__).resolve().parents[1]
+LONG = {"plan, or after the end": 0.2, "shards": 0.5, "finish": 0.1, "commit": 0.004}  # seconds, about
 HOW = {
     "1 worker": ["--workers", "1"],
     "2 workers": ["--workers", "2"],
@@ -73,16 +75,14 @@ def begun(process: subprocess.Popen[bytes], state: Path) -> float:
     return time.monotonic()
 
 
-def stage(state: Path, out: Path, private: Path) -> str:
-    """What a killed run was at."""
+def stage(state: Path, private: Path) -> str:
+    """What a run is at, or was when it was killed."""
     if (private / "pending").exists():
         return "commit"
-    if not state.exists():
-        return "before or after"
     if not (state / "plan.json").exists():
-        return "plan"
+        return "plan, or after the end"
     if (state / "landed").exists():
-        return "after the commit"
+        return "commit"
     return "finish" if (state / "duplicates.json").exists() else "shards"
 
 
@@ -98,13 +98,18 @@ def trial(source: Path, folder: Path, options: list[str], duration: float, old: 
     while True:
         process = start(source, out, options)
         if len(stages) < kills:
+            aim = draw.choice((None, None, None, None, *LONG))
             moment = begun(process, state) + draw.random() * duration
+            if aim is not None:
+                while process.poll() is None and stage(state, private) != aim:
+                    time.sleep(0.0005)
+                moment = time.monotonic() + draw.random() * LONG[aim]
             while process.poll() is None and time.monotonic() < moment:
-                time.sleep(0.001)
+                time.sleep(0.0005)
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-                stages.append(stage(state, out, private))
+                stages.append(stage(state, private))
                 continue
         code = process.wait(timeout=300)
         log = (folder / "log").read_text()
@@ -116,7 +121,7 @@ def trial(source: Path, folder: Path, options: list[str], duration: float, old: 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=50, help="trials, each with at least one kill")
-    parser.add_argument("--images", type=int, default=240)
+    parser.add_argument("--images", type=int, default=160)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**32))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     given = parser.parse_args()
