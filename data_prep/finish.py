@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from data_prep.audit import Audit
 from data_prep.dataset import INDEX, QUARANTINE_SCHEMA, SHARDS, IndexWriter, to_disk, write_dataset
 from data_prep.dataset_info import DatasetInfo, Deidentification, ShardInfo, Statistics
-from data_prep.deduplicate import deduplicated
+from data_prep.deduplicate import DROPPED, deduplicated
 from data_prep.errors import UserError
 from data_prep.options import Options
 from data_prep.plan import MEASURED_SPLIT, PLAN_REJECTED, PLAN_ROWS, PlanFile, request_sha256
@@ -190,6 +190,9 @@ def _write_links(staging: Staging, plan: PlanFile, records: Records, previous: P
             table = rows.read_row_group(number)
             _, rejected = records.said(number)
             reasons = {entry[0]: entry[2] for entry in rejected}
+            if any(entry[1] == DROPPED for entry in rejected):  # of a file of several frames some may have stayed
+                for key in records.keys(number):
+                    reasons.pop(int(key[:9]), None)
             positions = range(job.start, job.start + job.sources)
             columns: list[Any] = [
                 table.column("number"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,7 +53,8 @@ class Running:
     """How a run goes about it; the result does not depend on any of it.
 
     Attributes:
-        workers: processes.
+        workers: processes, or items that `executor` has in hand at a time.
+        executor: any of `concurrent.futures` shape instead of processes; its workers see source and OUT.
         cluster: address of a Dask scheduler, instead of processes.
         part: (i, n): do every n-th shard only, from the i-th, counted from 1; the part that ends last finishes.
         overwrite: replace a dataset in OUT, and forget an unfinished run.
@@ -62,6 +64,7 @@ class Running:
     """
 
     workers: int = 1
+    executor: Executor | None = None
     cluster: str | None = None
     part: tuple[int, int] | None = None
     overwrite: bool = False

@@ -112,8 +112,8 @@ class Engine:
 
 
 @contextlib.contextmanager
-def open_engine(workers: int, cluster: str | None) -> Iterator[Engine]:
-    """Processes on this machine, or the workers of a Dask scheduler (`tcp://host:8786`).
+def open_engine(workers: int, cluster: str | None = None, executor: Executor | None = None) -> Iterator[Engine]:
+    """Processes on this machine, the workers of a Dask scheduler (`tcp://host:8786`), or what the caller brings.
 
     Raises:
         UserError: the scheduler cannot be reached, or Dask is not installed.
@@ -122,8 +122,8 @@ def open_engine(workers: int, cluster: str | None) -> Iterator[Engine]:
         with _dask(cluster) as engine:
             yield engine
         return
-    if workers == 1:
-        yield Engine(None, 1)
+    if executor is not None or workers == 1:
+        yield Engine(executor, workers)
         return
     # Not fork: the parent has threads (Arrow, the progress bar).
     context = multiprocessing.get_context("spawn")

@@ -110,7 +110,8 @@ def prepare(kind: Kind, out: str | Path, options: Options, running: Running) -> 
         "split": None if options.split is None else dict(options.split),
         **({"out": staging.out} if staging.remote else {}),
     }
-    with _writable(staging), staging.enter(running.part), open_engine(running.workers, running.cluster) as engine:
+    engines = open_engine(running.workers, running.cluster, running.executor)
+    with _writable(staging), staging.enter(running.part), engines as engine:
         audit = Audit(staging.private / AUDIT, staging.final_private / AUDIT)
         with staging.alone():
             done = _already_done(staging, request)

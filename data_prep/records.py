@@ -73,6 +73,10 @@ class Records:
         file = None if said["file"] is None else ShardFile(**said["file"])
         return file, [tuple(entry) for entry in said["rejected"]]
 
+    def keys(self, number: int) -> list[str]:
+        """The keys of a kept result's samples."""
+        return list(pq.read_table(self._path(number), columns=["key"]).column("key").to_pylist())
+
     def done(self, number: int) -> bool:
         """Whether a shard was recorded and is still there, with its index."""
         try:

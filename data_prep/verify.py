@@ -137,7 +137,7 @@ def _check_shards(
     found: list[Found] = []
     images = size = 0
     try:
-        with open_engine(workers, None) as engine:
+        with open_engine(workers) as engine:
             for result in engine.map(functools.partial(check_shard, check), work()):
                 found.append(result)
                 images += info.shards[result.number].samples

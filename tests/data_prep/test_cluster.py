@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -19,7 +18,7 @@ from distributed import Client
 from data_prep.errors import UserError, WorkFailed
 from data_prep.images import prepare
 from data_prep.options import Progress
-from data_prep.pool import Engine, open_engine
+from data_prep.pool import open_engine
 
 Draw = Callable[..., bytes]
 ROOT = Path(__file__).resolve().parents[2]
@@ -191,12 +190,10 @@ def test_without_a_scheduler_the_user_is_told(tree: Path, tmp_path: Path, monkey
         empty.close()
 
 
-def test_any_executor_does(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_executor_does(tree: Path, tmp_path: Path) -> None:
     prepare(tree, tmp_path / "local", shard_size=3)
     with ThreadPoolExecutor(3) as threads:
-        engine = contextlib.nullcontext(Engine(threads, 3))
-        monkeypatch.setattr("data_prep.prepare.open_engine", lambda workers, cluster: engine)
-        prepare(tree, tmp_path / "out", shard_size=3)
+        prepare(tree, tmp_path / "out", shard_size=3, executor=threads, workers=3)
     assert contents(tmp_path / "out") == contents(tmp_path / "local")
 
 
