@@ -21,6 +21,7 @@ from data_prep.options import Options, Running
 from data_prep.prepare import Summary, prepare
 from data_prep.records import Records
 from data_prep.staging import Staging
+from data_prep.verify import verify
 from tests.data_prep.dicom.exports import pixels, pseudonym, samples
 
 KEY = random.Random(3).randbytes(32)
@@ -113,6 +114,21 @@ def test_frames_of_a_file_stay_together_and_in_order_wherever_it_lies(key: Path,
     index = pq.read_table(key.parent / "out" / "index.parquet").to_pylist()
     assert [row["key"] for row in index] == order
     assert max(int(name.partition("-")[0]) for name in order) == 5  # a place in the plan is a file
+
+
+def test_a_file_of_which_a_frame_is_dropped_stays_linked(key: Path, put: Slice) -> None:
+    values = picture("1.2.3", 3)
+    put("film", "1.2.3", frames=4, PixelData=np.concatenate([values, values[:1]]).tobytes())
+    put("slice", "1.2.4", PixelData=values[1].tobytes())
+    summary = run(key, options=Options(duplicates="exact", drop_duplicates=True))
+    assert summary.info.samples == 3
+    assert summary.info.duplicates.dropped == 2
+    assert not verify(summary.out)
+    links = {row["path"]: row for row in pq.read_table(summary.private / "sources.parquet").to_pylist()}
+    kept = {key[:9] for key in pq.read_table(Path(summary.out) / "index.parquet")["key"].to_pylist()}
+    assert links["film"]["key"] in kept
+    assert links["film"]["reason"] is None
+    assert links["slice"]["key"] is None or links["slice"]["key"] in kept
 
 
 def test_nothing_of_one_patient_is_in_two_splits(key: Path, put: Slice, rng: random.Random) -> None:
