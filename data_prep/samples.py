@@ -81,28 +81,20 @@ def from_bytes(data: bytes, resize: int | None = None, decode: bool = True, meas
     Raises:
         Rejected: the image cannot be used, with its reason.
     """
-    if not data:
-        raise Rejected("empty")
-    if is_jpeg(data):
-        stripped = strip_jpeg(data)
-    elif is_png(data):
-        stripped = strip_png(data, check=decode)
-    else:
+    stripped = _stripped(data, check=decode)
+    if stripped is None:
         return _encoded(_decoded(data), "png", resize, measure)
     if stripped.width * stripped.height > MAX_PIXELS:
         raise Rejected("too_large")
     shrink = resize is not None and min(stripped.width, stripped.height) > resize
     if not stripped.conformant or stripped.orientation != 1 or shrink:
         # Twice the target, so that the antialiased step below decides the result and not the JPEG's coarse scale.
-        image = _decoded(stripped.data, 2 * resize if resize is not None and stripped.orientation == 1 else None)
-        if stripped.orientation != 1:
-            image = image.transpose(_UPRIGHT[stripped.orientation])
+        image = _upright(stripped, 2 * resize if resize is not None and stripped.orientation == 1 else None)
         lossy = stripped.extension == "jpg" and stripped.conformant
         return _encoded(image, "jpg" if lossy else "png", resize, measure, stripped)
     whole = None
     if decode or measure:
-        jpeg = stripped.extension == "jpg"
-        whole = _strictly_decoded(stripped) if jpeg else np.asarray(_decoded(stripped.data))
+        whole = _jpeg_pixels(stripped) if stripped.extension == "jpg" else np.asarray(_decoded(stripped.data))
     return Sample(
         stripped.extension,
         stripped.data,
@@ -116,32 +108,44 @@ def from_bytes(data: bytes, resize: int | None = None, decode: bool = True, meas
     )
 
 
-def _strictly_decoded(stripped: Stripped) -> np.ndarray:
-    """The pixels of a JPEG, every one read; what libjpeg only warns of, such as bytes lost in the scan, is damage."""
-    try:
-        values = simplejpeg.decode_jpeg(stripped.data, "RGB" if stripped.channels == 3 else "GRAY", strict=True)
-    except ValueError:
-        _decoded(stripped.data)  # which tells a cut file from a damaged one
-        raise Rejected("corrupt", "the decoder found damage in its scan") from None
-    return values if stripped.channels == 3 else values[..., 0]
-
-
 def decoded(data: bytes) -> Image.Image:
     """The pixels of an image file, upright, as mode L, RGB or I;16: for callers that make another picture of them.
 
     Raises:
         Rejected: the image cannot be used, with its reason.
     """
+    stripped = _stripped(data, check=True)
+    return _decoded(data) if stripped is None else _upright(stripped)
+
+
+def _stripped(data: bytes, check: bool) -> Stripped | None:
+    """A JPEG or PNG without its metadata, None for other formats."""
     if not data:
         raise Rejected("empty")
     if is_jpeg(data):
-        stripped = strip_jpeg(data)
-    elif is_png(data):
-        stripped = strip_png(data)
+        return strip_jpeg(data)
+    return strip_png(data, check=check) if is_png(data) else None
+
+
+def _upright(stripped: Stripped, at_least: int | None = None) -> Image.Image:
+    """The pixels, turned as EXIF said; a JPEG may come at a smaller scale with `at_least` pixels a side."""
+    if stripped.extension == "jpg" and stripped.conformant:
+        image = Image.fromarray(_jpeg_pixels(stripped, at_least))
     else:
-        return _decoded(data)
-    image = _decoded(stripped.data)
+        image = _decoded(stripped.data)
     return image if stripped.orientation == 1 else image.transpose(_UPRIGHT[stripped.orientation])
+
+
+def _jpeg_pixels(stripped: Stripped, at_least: int | None = None) -> np.ndarray:
+    """The pixels of a JPEG, every one read; what libjpeg only warns of, such as bytes lost in the scan, is damage."""
+    colours = "RGB" if stripped.channels == 3 else "GRAY"
+    scaled = {} if at_least is None else {"min_height": at_least, "min_width": at_least, "min_factor": 2}
+    try:
+        values = simplejpeg.decode_jpeg(stripped.data, colours, strict=True, **scaled)
+    except ValueError:
+        _decoded(stripped.data)  # which tells a cut file from a damaged one
+        raise Rejected("corrupt", "the decoder found damage in its scan") from None
+    return values if stripped.channels == 3 else values[..., 0]
 
 
 def from_array(
@@ -184,8 +188,8 @@ _UPRIGHT = {
 }
 
 
-def _decoded(data: bytes, at_least: int | None = None) -> Image.Image:
-    """The pixels, as mode L, RGB or I;16, upright; a JPEG may come at a smaller scale with `at_least` pixels a side."""
+def _decoded(data: bytes) -> Image.Image:
+    """The pixels, as mode L, RGB or I;16; upright, but for JPEG and PNG."""
     known = data.startswith(_MAGIC) or data[8:12] == b"WEBP"
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -194,8 +198,6 @@ def _decoded(data: bytes, at_least: int | None = None) -> Image.Image:
         if image.width * image.height > MAX_PIXELS:
             raise Rejected("too_large")
         _refuse_silent_cut(image, data)
-        if at_least is not None:
-            image.draft(None, (at_least, at_least))
         image.load()
         if image.format not in ("JPEG", "PNG"):  # theirs was read and dropped with the metadata
             image = ImageOps.exif_transpose(image)

@@ -269,3 +269,17 @@ def test_trust_reads_headers_only_and_finds_the_same_size(draw: Draw) -> None:
 def test_a_second_picture_after_the_end_is_cut_off(draw: Draw) -> None:
     first, second = draw(14, "JPEG"), draw(15, "JPEG")
     assert strip_jpeg(first + second).data == first
+
+
+@pytest.mark.parametrize("resize", [None, 32])
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_a_jpeg_that_lost_bytes_in_its_scan_is_damaged_though_it_ends_well(
+    draw: Draw, mode: str, resize: int | None
+) -> None:
+    whole = draw(3, "JPEG", mode=mode, size=(300, 200), quality=95)
+    middle = len(whole) * 2 // 3
+    cut = whole[:middle] + whole[middle + 200 :]
+    assert cut.endswith(b"\xff\xd9")
+    from_bytes(whole, resize)
+    with pytest.raises(Rejected, match="damage in its scan"):
+        from_bytes(cut, resize)
