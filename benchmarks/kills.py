@@ -4,8 +4,8 @@
 
 Each trial kills the whole process group with SIGKILL: half of the time at a moment drawn evenly over the duration of an
 undisturbed run, from its first file on; else at a stage drawn first (plan, shards, finish, commit), so that the short
-ones are hit too, and a moment drawn after its begin. In some the run that goes on is killed too. What there is in the end, OUT and
-OUT.private, must be that of the undisturbed run, but for the audit log, which tells the time.
+ones are hit too, and a moment drawn after its begin. In some the run that goes on is killed too. What there is in the
+end, OUT and OUT.private, must be that of the undisturbed run, but for the audit log, which tells the time.
 """
 
 from __future__ import annotations
