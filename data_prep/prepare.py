@@ -20,12 +20,12 @@ from typing import Any, Protocol
 import pyarrow.parquet as pq
 
 from data_prep.audit import Audit
-from data_prep.dataset import SHARDS, created_by
+from data_prep.dataset import SHARDS, created_by, file_sha256
 from data_prep.dataset_info import DatasetInfo, Deidentification
 from data_prep.errors import UserError, WorkFailed, nearest
 from data_prep.finish import Unusable, finish, refuse_mixed_depths
 from data_prep.options import Options, Progress, Running
-from data_prep.plan import Base, PlanFile, difference, read_plan, request_sha256, save_plan, write_plan
+from data_prep.plan import PLAN_ROWS, Base, PlanFile, difference, read_plan, request_sha256, save_plan, write_plan
 from data_prep.pool import Engine, open_engine
 from data_prep.previous import Previous
 from data_prep.records import Records
@@ -252,6 +252,8 @@ def _planned(
         odd = difference(plan.request, request)
         if odd is None and plan.base != (there[1] if running.append and there else None):
             odd = "the dataset that is added to was changed"
+        if odd is None and file_sha256(staging.state / PLAN_ROWS) != plan.rows_sha256:
+            odd = "its plan is damaged"
         if odd is None:
             audit.say("resumed", shards=len(plan.jobs))
             return plan

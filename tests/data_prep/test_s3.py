@@ -193,7 +193,7 @@ def test_what_is_overwritten_is_no_dataset_from_the_first_change_on(tree: Path, 
     prepare(tree, url, private=private)
     old = objects(bucket)
     same = {"source": tree, "out": url, "private": private, "seed": 7, "overwrite": True, **HOW}
-    assert run_killed(4, commit=False, **same)  # after log, dataset.json, plan and a shard's index
+    assert run_killed(4, commit=False, **same)
     there = objects(bucket)
     assert "dataset.json" not in there
     assert there != {name: data for name, data in old.items() if name != "dataset.json"}
