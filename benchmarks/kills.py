@@ -35,7 +35,7 @@ LONG = {"plan, or after the end": 0.2, "shards": 0.5, "finish": 0.1, "commit": 0
 HOW = {
     "1 worker": ["--workers", "1"],
     "2 workers": ["--workers", "2"],
-    "1 worker, --drop-duplicates": ["--workers", "1", "--drop-duplicates"],
+    "1 worker, --drop-duplicates exact": ["--workers", "1", "--drop-duplicates", "exact"],
     "2 workers, --overwrite": ["--workers", "2", "--overwrite"],
 }
 

@@ -33,8 +33,7 @@ Seed = Annotated[
 ShardSize = Annotated[int, typer.Option(help="The most images in a shard.")]
 Duplicates = Annotated[str, typer.Option(help="What to find: off, exact (the same pixels), near (about the same too).")]
 DropDuplicates = Annotated[
-    bool,
-    typer.Option("--drop-duplicates", help="Keep one of the images that are the same; quarantine the others."),
+    str, typer.Option(help="What to take out: off, exact (one of each stays), near (look-alikes across splits too).")
 ]
 Resize = Annotated[
     int | None, typer.Option(help="Shrink larger images to this shorter side, in pixels; they are re-encoded.")
@@ -106,7 +105,7 @@ def images_command(
     seed: Seed = 0,
     shard_size: ShardSize = SHARD_SIZE,
     duplicates: Duplicates = "near",
-    drop_duplicates: DropDuplicates = False,
+    drop_duplicates: DropDuplicates = "off",
     workers: Workers = 1,
     cluster: Cluster = None,
     part: Part = None,
@@ -151,7 +150,7 @@ def dicom_command(
     seed: Seed = 0,
     shard_size: ShardSize = SHARD_SIZE,
     duplicates: Duplicates = "near",
-    drop_duplicates: DropDuplicates = False,
+    drop_duplicates: DropDuplicates = "off",
     workers: Workers = 1,
     cluster: Cluster = None,
     part: Part = None,
@@ -188,7 +187,7 @@ def radimagenet_command(
     seed: Seed = 0,
     shard_size: ShardSize = SHARD_SIZE,
     duplicates: Duplicates = "near",
-    drop_duplicates: DropDuplicates = False,
+    drop_duplicates: DropDuplicates = "off",
     workers: Workers = 1,
     cluster: Cluster = None,
     part: Part = None,
@@ -222,7 +221,7 @@ def retina_command(
     seed: Seed = 0,
     shard_size: ShardSize = SHARD_SIZE,
     duplicates: Duplicates = "near",
-    drop_duplicates: DropDuplicates = False,
+    drop_duplicates: DropDuplicates = "off",
     workers: Workers = 1,
     cluster: Cluster = None,
     part: Part = None,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -43,8 +43,8 @@ def deduplicated(
         content = json.loads(path.read_text())
         if content["asked"] != asked:
             raise UserError(
-                f"{staging.out}: duplicates were being looked for with --duplicates {content['asked'][0]} "
-                f"{'--drop-duplicates' if content['asked'][1] else ''}; go on with that, or --overwrite"
+                f"{staging.out}: a killed run was looking for duplicates with --duplicates {content['asked'][0]} "
+                f"--drop-duplicates {content['asked'][1]}; go on with that, or --overwrite"
             )
     else:
         content = {"asked": asked, **_search(plan, records, options, previous)}
@@ -83,13 +83,14 @@ def _search(plan: PlanFile, records: Records, options: Options, previous: Previo
     warnings: list[str] = []
     dropped = np.zeros(len(rows), bool)
     same = exact(digests)
-    _count(found, warnings, "exact", same, patients, split_ids)
+    _count(found, warnings, "exact", same, patients, split_ids, options.drop_duplicates)
     ids = np.stack([rows.column(name).to_numpy() for name in labels], axis=1) if labels else np.zeros((len(rows), 0))
     odd = len(contradictory(same, ids))
     if odd:
         warnings.append(f"{odd} images have an exact copy with another label: one of the two is wrong")
         found["exact_contradictory"] = odd
-    dropped[drop_exact(same, split_ids, names)] = True
+    if options.drop_duplicates != "off":
+        dropped[drop_exact(same, split_ids, names)] = True
     if options.duplicates == "near":
         try:
             alike = near(rows.column("phash").to_numpy())
@@ -97,28 +98,29 @@ def _search(plan: PlanFile, records: Records, options: Options, previous: Previo
             # Too many to list is a finding and no reason to lose the run; what was asked for is said not to be done.
             warnings.append(f"near copies were not counted: {error}")
         else:
-            _count(found, warnings, "near", alike, patients, split_ids)
-            dropped[drop_near(alike, split_ids, names)] = True
+            _count(found, warnings, "near", alike, patients, split_ids, options.drop_duplicates)
+            if options.drop_duplicates == "near":
+                dropped[drop_near(alike, split_ids, names)] = True
     dropped[:kept] = False
-    keys = rows.column("key").filter(pa.array(dropped)).to_pylist() if options.drop_duplicates else []
-    return {"found": found, "warnings": [] if keys else warnings, "drop": keys}
+    return {"found": found, "warnings": warnings, "drop": rows.column("key").filter(pa.array(dropped)).to_pylist()}
 
 
 def _count(
     found: dict[str, int],
     warnings: list[str],
-    kind: str,
+    kind: Literal["exact", "near"],
     copies: Copies,
     patients: np.ndarray,
     split_ids: np.ndarray,
+    dropping: str,
 ) -> None:
-    """Add the report of one kind, and a warning on what crosses splits."""
+    """Add the report of one kind, and a warning on what crosses splits and is not dropped."""
     counted = report(copies, patients, split_ids)
     found |= {f"{kind}_{name}": value for name, value in asdict(counted).items()}
-    if counted.across_splits:
+    if counted.across_splits and dropping not in (kind, "near"):
+        what = "an exact copy" if kind == "exact" else "a look-alike, perhaps a near copy,"
         warnings.append(
-            f"{counted.across_splits} images have {'an exact' if kind == 'exact' else 'a near'} copy in another split; "
-            "--drop-duplicates keeps one"
+            f"{counted.across_splits} images have {what} in another split; --drop-duplicates {kind} keeps one"
         )
 
 

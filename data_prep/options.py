@@ -15,6 +15,7 @@ SHARD_SIZE = 2048
 # 1,024 to 0.003; where nothing else is decoded, each costs more.
 MEASURED = 16_384
 MEASURED_TRUSTED = 1024
+DUPLICATES = ("off", "exact", "near")
 
 
 @dataclass(frozen=True)
@@ -27,14 +28,15 @@ class Options:
             not in the dataset: with the seed and a list of all patients, the order of pseudonyms could be worked out.
         shard_size: the most images in a shard.
         duplicates: what is looked for: `off`, `exact` (the same pixels) or `near` (about the same too).
-        drop_duplicates: take them out and keep one of each, see `duplicates.to_drop`.
+        drop_duplicates: what is taken out: `off`; `exact`, one of each stays; `near`, look-alikes across splits too, of
+            which many are different images.
     """
 
     split: Mapping[str, float] | None = None
     seed: int = 0
     shard_size: int = SHARD_SIZE
     duplicates: str = "near"
-    drop_duplicates: bool = False
+    drop_duplicates: str = "off"
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from data_prep.dataset import SHARDS, created_by, file_sha256
 from data_prep.dataset_info import DatasetInfo, Deidentification
 from data_prep.errors import UserError, WorkFailed, nearest
 from data_prep.finish import Unusable, finish, refuse_mixed_depths
-from data_prep.options import Options, Progress, Running
+from data_prep.options import DUPLICATES, Options, Progress, Running
 from data_prep.plan import PLAN_ROWS, Base, PlanFile, difference, read_plan, request_sha256, save_plan, write_plan
 from data_prep.pool import Engine, open_engine
 from data_prep.previous import Previous
@@ -165,10 +165,11 @@ def _check(options: Options, running: Running) -> None:
             raise UserError(f"--{name} must be at least 1, not {value}")
     if not 0 <= options.seed < 2**63:
         raise UserError(f"--seed must be from 0 to 2**63 - 1, not {options.seed}")
-    if options.duplicates not in ("off", "exact", "near"):
-        raise UserError(f"--duplicates {options.duplicates!r}{nearest(options.duplicates, ('off', 'exact', 'near'))}")
-    if options.drop_duplicates and options.duplicates == "off":
-        raise UserError("--drop-duplicates needs --duplicates exact or near")
+    for name, choice in (("duplicates", options.duplicates), ("drop-duplicates", options.drop_duplicates)):
+        if choice not in DUPLICATES:
+            raise UserError(f"--{name} {choice!r}{nearest(choice, DUPLICATES)}")
+    if DUPLICATES.index(options.drop_duplicates) > DUPLICATES.index(options.duplicates):
+        raise UserError(f"--drop-duplicates {options.drop_duplicates} needs --duplicates {options.drop_duplicates}")
 
 
 def _refuse_nesting(source: Path, staging: Staging) -> None:

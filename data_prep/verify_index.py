@@ -139,7 +139,7 @@ class Index:
             first, second = (f"{self._value('key', row)} in {self._value('split', row)}" for row in shared[1:])
             what = (
                 f"images in two splits: {shared[0]}, such as {first} and {second}; "
-                "prepare with --drop-duplicates takes them out"
+                "prepare with --drop-duplicates exact takes them out"
             )
             problems.append(Problem(INDEX, what))
         return problems

@@ -262,7 +262,7 @@ def test_npz_says_that_there_is_no_picture(tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (6, 8, 8)).astype(np.uint8)
     images[1] = images[0]
     np.savez(tmp_path / "a.npz", train_images=images, train_labels=np.arange(6) % 2)
-    prepare_images(tmp_path / "a.npz", tmp_path / "out", drop_duplicates=True)
+    prepare_images(tmp_path / "a.npz", tmp_path / "out", drop_duplicates="exact")
     page = review(tmp_path / "out").path
     assert "1 without a picture: it is an array" in section_of(page, "duplicate")
     assert len(pictures_of(page.read_text())) == 5

@@ -74,11 +74,11 @@ def test_a_run_killed_while_duplicates_are_taken_out_goes_on(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(deduplicate, "_search", drop_some)
-    prepare(tree, tmp_path / "whole", shard_size=4, drop_duplicates=True)
+    prepare(tree, tmp_path / "whole", shard_size=4, drop_duplicates="exact")
     assert not verify(tmp_path / "whole")
     assert len(list((tmp_path / "whole" / "shards").glob("*.tar"))) == 5
     out, step = tmp_path / "out", 0
-    how = {"shard_size": 4, "drop_duplicates": True, "overwrite": True}
+    how = {"shard_size": 4, "drop_duplicates": "exact", "overwrite": True}
     while run_killed(step, tree, out, **how):
         prepare(tree, out, **how)  # type: ignore[arg-type]
         assert contents(out) == contents(tmp_path / "whole")

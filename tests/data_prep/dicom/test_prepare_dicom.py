@@ -120,7 +120,7 @@ def test_a_file_of_which_a_frame_is_dropped_stays_linked(key: Path, put: Slice) 
     values = picture("1.2.3", 3)
     put("film", "1.2.3", frames=4, PixelData=np.concatenate([values, values[:1]]).tobytes())
     put("slice", "1.2.4", PixelData=values[1].tobytes())
-    summary = run(key, options=Options(duplicates="exact", drop_duplicates=True))
+    summary = run(key, options=Options(drop_duplicates="exact"))
     assert summary.info.samples == 3
     assert summary.info.duplicates.dropped == 2
     assert not verify(summary.out)
