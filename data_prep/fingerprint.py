@@ -48,7 +48,7 @@ def fingerprint(values: np.ndarray) -> Fingerprint:
     """
     thin = _thinned(values)
     if values.ndim == 3:
-        if _is_gray(thin) and _is_gray(values):  # so that colour pays little for the question
+        if _is_gray(thin[::16]) and _is_gray(values):  # so that colour pays little for the question
             values = np.ascontiguousarray(values[..., 0])
         thin = _luma(thin)
     return Fingerprint(_digest(values), _phash(thin))
@@ -62,6 +62,13 @@ def perceptual_hash(values: np.ndarray) -> int:
 
 def _thinned(values: np.ndarray) -> np.ndarray:
     """128 x 128 pixels, each the one under the centre of its cell."""
+    if not (values.shape[0] % THIN_SIDE or values.shape[1] % THIN_SIDE):  # the same in a third of the time
+        down, right = (side // THIN_SIDE for side in values.shape[:2])
+        cells = values[down // 2 :: down, right // 2 :: right]
+        thin = np.empty(cells.shape, values.dtype)
+        for place in np.ndindex(cells.shape[2:]):  # numpy copies single values faster than threes
+            thin[:, :, *place] = cells[:, :, *place]
+        return thin
     rows, columns = (
         ((2 * np.arange(THIN_SIDE) + 1) * side // (2 * THIN_SIDE)).astype(np.intp) for side in values.shape[:2]
     )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
 import signal
+import sys
 import threading
 import traceback
 import warnings
@@ -129,6 +131,8 @@ def open_engine(workers: int, cluster: str | None = None, executor: Executor | N
     context = multiprocessing.get_context("spawn")
     before = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(workers, context, _start_worker)
+    for _ in range(workers):  # they start while the plan is made
+        pool.submit(_start_worker_modules)
     try:
         yield Engine(pool, workers)
     except BaseException:
@@ -140,8 +144,15 @@ def open_engine(workers: int, cluster: str | None = None, executor: Executor | N
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+def _start_worker_modules() -> None:
+    """Import what all work needs."""
+    importlib.import_module("data_prep.images")
+
+
 def _start_worker() -> None:
     """Runs once in each new process."""
+    # pyarrow imports pandas, where it is installed, for every list it is given: half of the time a worker starts in.
+    sys.modules.setdefault("pandas", None)  # type: ignore[arg-type]
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends the workers
     warnings.simplefilter("ignore")
     parent = multiprocessing.parent_process()
