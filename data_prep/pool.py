@@ -9,7 +9,6 @@ import multiprocessing.connection
 import os
 import pickle
 import signal
-import sys
 import threading
 import traceback
 import warnings
@@ -18,6 +17,8 @@ from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
+
+import pyarrow as pa
 
 from data_prep.dataset import created_by
 from data_prep.errors import UserError, WorkFailed
@@ -145,14 +146,13 @@ def open_engine(workers: int, cluster: str | None = None, executor: Executor | N
 
 
 def _start_worker_modules() -> None:
-    """Import what all work needs."""
+    """Import what all work needs; pyarrow takes pandas along, where it is installed, with the first list."""
     importlib.import_module("data_prep.images")
+    pa.array([0])
 
 
 def _start_worker() -> None:
     """Runs once in each new process."""
-    # pyarrow imports pandas, where it is installed, for every list it is given: half of the time a worker starts in.
-    sys.modules.setdefault("pandas", None)  # type: ignore[arg-type]
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends the workers
     warnings.simplefilter("ignore")
     parent = multiprocessing.parent_process()
