@@ -99,9 +99,9 @@ def test_the_report_counts_what_brute_force_counts(rng: random.Random, distance:
     values = hashes(seed)
     numbers = np.random.default_rng(seed)
     # Most copies share patient and split, so that both kinds are there to be counted.
-    patients = np.where(numbers.random(len(values)) < 0.98, values >> np.uint64(60), numbers.integers(0, 50))
+    patients = np.where(numbers.random(len(values)) < 0.9, values >> np.uint64(60), numbers.integers(0, 50))
     patients = patients.astype(np.int64)
-    split_ids = np.where(numbers.random(len(values)) < 0.98, 0, 1)
+    split_ids = np.where(numbers.random(len(values)) < 0.9, 0, 1)
     close = neighbours(values, distance) & ~np.eye(len(values), dtype=bool)
     other = (patients[:, None] != patients[None]) | (patients[:, None] == 0)
     found = report(near(values, distance), patients, split_ids)
