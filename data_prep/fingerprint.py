@@ -54,12 +54,6 @@ def fingerprint(values: np.ndarray) -> Fingerprint:
     return Fingerprint(_digest(values), _phash(thin))
 
 
-def perceptual_hash(values: np.ndarray) -> int:
-    """`fingerprint(values).phash` alone."""
-    thin = _thinned(values)
-    return _phash(thin if thin.ndim == 2 else _luma(thin))
-
-
 def _thinned(values: np.ndarray) -> np.ndarray:
     """128 x 128 pixels, each the one under the centre of its cell."""
     if not (values.shape[0] % THIN_SIDE or values.shape[1] % THIN_SIDE):  # the same in a third of the time
