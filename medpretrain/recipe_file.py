@@ -162,11 +162,14 @@ def _with_checked_method(
     except ValidationError as error:
         raise UserError(_explain(error, method.options, path, lines, overridden, under=("method",))) from None
     for view in recipe.views:
-        if view not in method.view_names:
-            raise refuse(("views", view), f"method {name} has no view {view!r}{nearest(view, method.view_names)}")
-    if method.view_names[0] not in recipe.views:
-        raise refuse(("views",), f"method {name} needs the view {method.view_names[0]!r}")
-    if method.needs_labels and not recipe.data.labels:
+        if view not in method.view_kinds:
+            raise refuse(("views", view), f"method {name} has no view {view!r}{nearest(view, method.view_kinds)}")
+    for view, least in method.view_kinds.items():
+        if least and view not in recipe.views:
+            raise refuse(("views",), f"method {name} needs the view {view!r}")
+        if least and recipe.views[view].count < least:
+            raise refuse(("views", view, "count"), f"method {name} needs at least {least} views {view!r} of each image")
+    if method.labels != "none" and not recipe.data.labels:
         raise refuse(("data", "labels"), f"method {name} learns from labels; name them, as in [modality, anatomy]")
     return recipe.model_copy(update={"method": options.model_dump(mode="json")})
 

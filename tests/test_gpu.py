@@ -9,6 +9,7 @@ from medpretrain.data.augment import apply, pixel_noise
 from medpretrain.data.batches import Batch, Stream
 from medpretrain.data.mixture import Mixture
 from medpretrain.data.views import BiasField, Blur, Jitter, Noise, View
+from medpretrain.methods.base import TrainingSet
 from medpretrain.recipe import Recipe
 from medpretrain.training.build import build_method
 from medpretrain.training.loop import train
@@ -97,9 +98,15 @@ def test_a_step_on_the_gpu_has_the_loss_and_gradient_of_the_cpu(method, cuda):
         images = {name: [torch.randn(8, 1, 32, 32).double() for _ in range(n)] for name, n in views[method].items()}
         micro = {name: [one.to(device) for one in group] for name, group in images.items()}
         labels = {"modality": torch.arange(8, device=device) % 3}
-        model = build_method(recipe, {"modality": 3}).double().to(device)
+        model = (
+            build_method(recipe, TrainingSet(8, {"modality": ("a", "b", "c")}, {"modality": (3, 3, 2)}))
+            .double()
+            .to(device)
+        )
         trainer = Trainer(model, recipe, Process(0, 1, 0, 1, device), total=5, steps_per_epoch=2.0)
-        loss, _ = trainer.backward(Batch(2, 0, 8, 0, [micro], labels), trainer.progress(2))
+        loss, _ = trainer.backward(
+            Batch(2, 0, 8, 0, [micro], labels, torch.arange(8, device=device)), trainer.progress(2)
+        )
         grads = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
         found[device.type] = loss.cpu(), grads.cpu()
     torch.testing.assert_close(found["cuda"][0], found["cpu"][0], rtol=1e-8, atol=1e-10)

@@ -19,7 +19,7 @@ from data_prep.dataset import Dataset
 from data_prep.errors import UserError
 from medpretrain.data.augment import apply
 from medpretrain.data.mixture import Mixture
-from medpretrain.data.order import Places
+from medpretrain.data.order import Places, SampleSequence
 from medpretrain.data.pipeline import CropPipeline, Crops, Feed
 from medpretrain.data.views import Parameters, View, draw
 
@@ -39,6 +39,7 @@ class Batch:
         micro: the images of this rank, in equal parts, each a forward pass.
         labels: for each label kind the ids of the whole global batch, (size,) int64, -1 where unknown: known to every
             rank without a word between them.
+        samples: which image of the training split each of the global batch is, (size,) int64.
     """
 
     step: int
@@ -47,6 +48,7 @@ class Batch:
     first: int
     micro: list[Views]
     labels: Mapping[str, Tensor]
+    samples: Tensor
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class Stream:
         views: the kinds of views a method asks for.
         labels: the label kinds that travel with a batch.
         share: this process's part.
+        order: which samples stand where, instead of a shuffle of the split.
         trace: a file to which epoch, row (numbered through the datasets) and parameter digest of every sample that goes
             into the pipeline are appended.
 
@@ -92,6 +95,7 @@ class Stream:
         block_shards: int = 0,
         share: Share | None = None,
         prefetch: int = 2,
+        order: SampleSequence | None = None,
         trace: Path | None = None,
     ) -> None:
         self.dataset, self.views, self.seed, self.global_batch = dataset, dict(views), seed, global_batch
@@ -99,7 +103,7 @@ class Stream:
         self._channels, self._device, self._threads, self._prefetch = channels, device, threads, prefetch
         self._mean, self._std, self._trace = mean, std, trace
         self._rows = dataset.rows(split)
-        self.order = dataset.order(split, seed=seed, global_batch=global_batch, block_shards=block_shards)
+        self.order = order or dataset.order(split, seed=seed, global_batch=global_batch, block_shards=block_shards)
         parts = self._share.world * self._share.micro_batches
         if global_batch % parts:
             raise UserError(
@@ -115,6 +119,11 @@ class Stream:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    @property
+    def all_labels(self) -> dict[str, Tensor]:
+        """For each label kind the ids of all images of the split, (N,), -1 where unknown."""
+        return {name: ids[self._rows].to(self._device) for name, ids in self._labels.items()}
 
     def batches(self, start: int) -> Generator[Batch]:
         """The batches of steps start, start + 1, ..., without end, prepared in advance."""
@@ -183,9 +192,10 @@ class Stream:
             made = [apply(crop, view, parameters, mean, std) for crop, (view, parameters) in chosen]
             micro.append(_by_name(made, self.views))
             if len(micro) == share.micro_batches:
-                rows = self._rows[self.order.step(step, self.global_batch).sample]
-                labels = {name: ids[rows].to(self._device) for name, ids in self._labels.items()}
-                yield Batch(step, self.seed, self.global_batch, share.rank * local, micro, labels)
+                samples = self.order.step(step, self.global_batch).sample
+                labels = {name: ids[self._rows[samples]].to(self._device) for name, ids in self._labels.items()}
+                numbers = torch.from_numpy(samples).to(self._device)
+                yield Batch(step, self.seed, self.global_batch, share.rank * local, micro, labels, numbers)
                 micro, step = [], step + 1
 
 

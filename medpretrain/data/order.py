@@ -200,6 +200,16 @@ class WeightedOrder(SampleSequence):
         )
 
 
+@dataclass(frozen=True)
+class InOrder(SampleSequence):
+    """All N samples in the order of their numbers, again and again."""
+
+    samples: int
+
+    def at(self, position: NDArray[np.int64]) -> Places:
+        return Places(*np.divmod(position, self.samples))
+
+
 def counterparts(seed: int, step: int, count: int) -> NDArray[np.int64]:
     """For each image of a global batch another image of it: one random cycle through all, so no image meets itself.
 

@@ -1,160 +1,171 @@
 """One core for every contrastive loss: `-sum_p w_ap log softmax`, a block of anchors at a time.
 
-Each objective is its rule for the pair weights. Anchors may be the part of a global batch that this process holds, and
-keys all of it; how the keys came together is not known here.
+Each objective is its rule for the pairs: which keys an anchor is pulled to, and which stand in its denominator. Anchors
+may be the part of a global batch that this process holds, and keys all of it, a queue, prototypes, or any mix; how they
+came together is not known here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-PairWeights = Callable[[Tensor], Tensor]
-"""From anchor positions (a,) among the keys to the weights (a, K) of all pairs, already divided by their norm."""
+_BLOCK_ELEMENTS = 1 << 22
+"""Logits of a block: 16 MB in float32. Larger ones leave the cache of a CPU; smaller ones make too many launches."""
 
-_ROWS = 1024
+
+@dataclass(frozen=True)
+class Pairs:
+    """What an objective says of R anchors and all K keys.
+
+    Attributes:
+        weight: w_ap >= 0, (R, K), divided by whatever the objective divides by; or (R, P) with `key`.
+        key: (R, P), the places among the keys that the weights belong to; None: all of them, in order.
+        log_share: added to the logits in the denominator alone, of any shape that broadcasts to (R, K): minus infinity
+            leaves a key out, -log n takes the mean of n keys. None: all keys count alike.
+    """
+
+    weight: Tensor
+    key: Tensor | None = None
+    log_share: Tensor | None = None
+
+
+Rule = Callable[[slice], Pairs]
+"""From a run of anchors to their pairs; called once for each block, so that no A x K tensor exists."""
 
 
 def contrastive_loss(
-    anchors_AD: Tensor, keys_KD: Tensor, position_A: Tensor, pair_weights: PairWeights, temperature: float
+    anchors_AD: Tensor,
+    keys: Tensor | Sequence[Tensor],
+    rule: Rule,
+    *,
+    temperature: float | Tensor,
+    own_A: Tensor | None = None,
+    logits_AC: Tensor | None = None,
 ) -> Tensor:
-    """L_a = -sum_p w_ap [ s_ap / T - log sum_{k != a} exp(s_ak / T) ], a value an anchor.
+    """The mean over anchors of L_a = -sum_p w_ap [ s_ap / T - log sum_{k in D(a)} exp(s_ak / T) ].
 
-    Equation 1 of Khosla et al. 2020 with general weights. Blocks of anchors are recomputed in the backward pass, so
-    memory grows with A + K and not with their product.
+    Equation 2 (L_out) of Khosla et al. 2020 with general weights and denominators; s is the cosine. The gradient is
+    written by hand and made in the forward pass, where a block's logits are still at hand, so nothing of size A x K is
+    kept or computed twice; it is only scaled later. There is no second derivative.
 
     Args:
-        anchors_AD, keys_KD: embeddings of any scale; normalised here, in float32 or wider.
-        position_A: where each anchor stands among the keys; that key is its own and is left out.
-        pair_weights: the rule; what it gives a pair of an anchor with itself is ignored.
-        temperature: T > 0.
+        anchors_AD, keys: embeddings of any scale, normalised here, in float32 or wider also under autocast. Several
+            tensors of keys (batch, queue, prototypes) stand one after another; only those that learn cost a gradient.
+        rule: what it gives a pair of an anchor with itself is ignored.
+        temperature: T > 0; one, or (A,) of one for each anchor.
+        own_A: where each anchor stands among the keys; that key is left out. None: no key is the anchor itself.
+        logits_AC: further keys behind the others, of which the logits are given (class logits); not divided by T.
 
     Returns:
-        (A,) losses.
+        A scalar. An anchor whose weights are all 0 adds 0.
 
     Raises:
         ValueError: a temperature that is not positive.
     """
-    if temperature <= 0:
+    if isinstance(temperature, float | int) and temperature <= 0:
         raise ValueError(f"the temperature must be positive, not {temperature}")
-    anchors, keys = (F.normalize(_at_least_float32(x), dim=1) for x in (anchors_AD, keys_KD))
-
-    def block(anchors_AD: Tensor, keys_KD: Tensor, position_A: Tensor) -> Tensor:
-        own = torch.arange(len(keys_KD), device=keys_KD.device) == position_A[:, None]
-        logits = (anchors_AD @ keys_KD.T / temperature).masked_fill(own, -torch.inf)
-        log_p = logits - torch.logsumexp(logits, dim=1, keepdim=True)
-        weights = pair_weights(position_A).to(log_p.dtype).masked_fill(own, 0)
-        return -(weights * log_p.masked_fill(own, 0)).sum(dim=1)
-
-    if len(anchors) <= _ROWS:
-        return block(anchors, keys, position_A)
-    blocks = zip(anchors.split(_ROWS), position_A.split(_ROWS), strict=True)
-    return torch.cat([checkpoint(block, some, keys, at, use_reentrant=False) for some, at in blocks])
+    parts = [keys] if isinstance(keys, Tensor) else list(keys)
+    with torch.autocast(anchors_AD.device.type, enabled=False):
+        # The temperature divides the anchors: A x D divisions instead of A x K.
+        scale = temperature[:, None] if isinstance(temperature, Tensor) else temperature
+        anchors = unit(anchors_AD) / scale
+        loss: Tensor = _Contrast.apply(rule, own_A, logits_AC, anchors, *(unit(part) for part in parts))
+    return loss
 
 
-def nt_xent(z_VND: Tensor, *, temperature: float, keys_VMD: Tensor | None = None, first: int = 0) -> Tensor:
-    """NT-Xent over V views of N images, averaged over all anchors.
-
-    Equation 1 of Chen et al. 2020 (SimCLR), for any number of views V >= 2.
-
-    Args:
-        z_VND: embeddings, any scale.
-        temperature: > 0.
-        keys_VMD: embeddings of the global batch when z_VND is only its images first .. first + N.
-
-    Raises:
-        ValueError: fewer than two views, or a temperature that is not positive.
-
-    >>> nt_xent(torch.eye(2).repeat(2, 1, 1), temperature=0.5).item()  # doctest: +ELLIPSIS
-    0.2395...
-    """
-    keys = z_VND if keys_VMD is None else keys_VMD
-    views, images = keys.shape[:2]
-    if views < 2:
-        raise ValueError("NT-Xent needs at least two views of each image")
-    image = torch.arange(images, device=keys.device).repeat(views)
-
-    def own_other_views(position_A: Tensor) -> Tensor:
-        return (image == image[position_A, None]) / (views - 1)
-
-    return _mean_over_views(z_VND, keys, first, own_other_views, temperature)
+def unit(x: Tensor) -> Tensor:
+    """Rows of length 1, in float32 or wider; a row of zeros stays one."""
+    return F.normalize(at_least_float32(x), dim=-1)
 
 
-def mul_sup_con(
-    z_VND: Tensor,
-    labels_ML: Tensor,
-    *,
-    temperature: float,
-    threshold: float,
-    keys_VMD: Tensor | None = None,
-    first: int = 0,
-) -> Tensor:
-    """ModAn-MulSupCon: positives are pairs whose labels' Jaccard similarity reaches a threshold, weighted by it.
-
-    Equation 3 of the ModAn-MulSupCon paper, divided by the number of positives |P(a)| and not by the sum of weights.
-    The other views of the same image are always positives of weight 1, so an image without any label still has a
-    finite loss: NT-Xent's.
-
-    Args:
-        z_VND: embeddings of V views of N images, any scale.
-        labels_ML: multi-hot labels of the global batch of M images.
-        temperature: T > 0; the paper's 0.07.
-        threshold: tau in (0, 1]; the paper's 0.3.
-        keys_VMD: embeddings of the global batch when z_VND is only its images first .. first + N.
-
-    Raises:
-        ValueError: fewer than two views, a threshold outside (0, 1], a temperature that is not positive.
-
-    >>> labels = torch.tensor([[1, 0], [1, 0]])
-    >>> same = mul_sup_con(torch.ones(2, 2, 3), labels, temperature=0.07, threshold=0.3)
-    >>> round(same.item(), 4)  # log 3: all four views alike
-    1.0986
-    """
-    keys = z_VND if keys_VMD is None else keys_VMD
-    views, images = keys.shape[:2]
-    if views < 2:
-        raise ValueError("ModAn-MulSupCon needs at least two views of each image")
-    if not 0 < threshold <= 1:
-        raise ValueError(f"the threshold must be in (0, 1], not {threshold}")
-    labels = labels_ML.to(_at_least_float32(keys).dtype)
-    counts = labels.sum(dim=1)
-    image = torch.arange(images, device=keys.device)
-
-    def jaccard_over_positives(position_A: Tensor) -> Tensor:
-        anchor = position_A % images
-        both = labels[anchor] @ labels.T
-        either = counts[anchor, None] + counts - both
-        jaccard = torch.where(either > 0, both / either.clamp(min=1), 0.0)
-        # Half-way rounding must not decide: 3/10 reaches 0.3.
-        weights = torch.where(jaccard >= threshold - 1e-6, jaccard, 0.0)
-        weights = weights.masked_fill(image == anchor[:, None], 1.0)
-        positives = (weights > 0).sum(dim=1, keepdim=True) * views - 1
-        return (weights / positives).repeat(1, views)
-
-    return _mean_over_views(z_VND, keys, first, jaccard_over_positives, temperature)
-
-
-def multi_hot(ids: list[Tensor], sizes: list[int]) -> Tensor:
-    """Label ids of several kinds, (M,) each and -1 where unknown, as one multi-hot matrix (M, sum of sizes).
-
-    >>> multi_hot([torch.tensor([1, -1]), torch.tensor([0, 0])], [2, 2]).tolist()
-    [[0, 1, 1, 0], [0, 0, 1, 0]]
-    """
-    columns = [F.one_hot(kind + 1, size + 1)[:, 1:] for kind, size in zip(ids, sizes, strict=True)]
-    return torch.cat(columns, dim=1)
-
-
-def _mean_over_views(z_VND: Tensor, keys_VMD: Tensor, first: int, weights: PairWeights, temperature: float) -> Tensor:
-    views, count = z_VND.shape[:2]
-    images = keys_VMD.shape[1]
-    view = torch.arange(views, device=z_VND.device)[:, None] * images
-    position = (view + first + torch.arange(count, device=z_VND.device)).flatten()
-    return contrastive_loss(z_VND.flatten(0, 1), keys_VMD.flatten(0, 1), position, weights, temperature).mean()
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+class _Contrast(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rule: Rule, own_A: Tensor | None, logits_AC: Tensor | None, anchors_AD: Tensor, *parts: Tensor
+    ) -> Tensor:
+        keys = parts[0] if len(parts) == 1 else torch.cat(parts)
+        anchors_n, keys_n = len(anchors_AD), len(keys)
+        needed = ctx.needs_input_grad
+        extra = 0 if logits_AC is None else logits_AC.shape[1]
+        # Keys that learn (batch before queue, usually) are multiplied by themselves alone.
+        spans = _spans([len(part) for part in parts])
+        grad_anchors = torch.empty_like(anchors_AD) if needed[3] else None
+        grad_parts = [torch.zeros_like(p) if need else None for p, need in zip(parts, needed[4:], strict=True)]
+        grad_logits = torch.empty_like(logits_AC) if logits_AC is not None and needed[2] else None
+        total = anchors_AD.new_zeros(())
+        for rows in _blocks(anchors_n, keys_n + extra):
+            anchors = anchors_AD[rows]
+            logits = anchors @ keys.T
+            if logits_AC is not None:
+                logits = torch.cat([logits, logits_AC[rows].to(logits.dtype)], dim=1)
+            own = None if own_A is None else own_A[rows, None]
+            part_of_loss, gradient = _block(logits, rule(rows), own, any(needed))
+            total += part_of_loss
+            if grad_anchors is not None:
+                torch.mm(gradient[:, :keys_n], keys, out=grad_anchors[rows])
+            for grad, span in zip(grad_parts, spans, strict=True):
+                if grad is not None:
+                    grad.addmm_(gradient[:, span].T, anchors)
+            if grad_logits is not None:
+                grad_logits[rows] = gradient[:, keys_n:].to(grad_logits.dtype)
+        grads = (grad_logits, grad_anchors, *grad_parts)
+        ctx.kept = [grad is not None for grad in grads]
+        ctx.anchors = anchors_n
+        ctx.save_for_backward(*(grad for grad in grads if grad is not None))
+        return total / anchors_n
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        scale = upstream[0] / ctx.anchors
+        saved = iter(ctx.saved_tensors)
+        return (None, None, *(next(saved) * scale if kept else None for kept in ctx.kept))
+
+
+def _block(logits_RK: Tensor, pairs: Pairs, own_R1: Tensor | None, with_gradient: bool) -> tuple[Tensor, Tensor]:
+    """The sum of the anchors' losses, and its gradient to the logits in the memory of the logits."""
+    weight = pairs.weight.to(logits_RK.dtype)
+    if own_R1 is not None:
+        weight = weight.scatter(1, own_R1, 0) if pairs.key is None else weight.masked_fill(pairs.key == own_R1, 0)
+    chosen = logits_RK if pairs.key is None else logits_RK.gather(1, pairs.key)
+    attraction = (weight * chosen).sum()
+    total_R1 = weight.sum(dim=1, keepdim=True)
+    if pairs.log_share is not None:
+        logits_RK = logits_RK + pairs.log_share
+    if own_R1 is not None:
+        logits_RK.scatter_(1, own_R1, -torch.inf)
+    log_sum_R1 = torch.logsumexp(logits_RK, dim=1, keepdim=True)
+    # An empty denominator: nothing repels, and exp(-inf - 0) is 0.
+    log_sum_R1 = log_sum_R1.masked_fill(log_sum_R1 == -torch.inf, 0)
+    loss = (total_R1 * log_sum_R1).sum() - attraction
+    if not with_gradient:
+        return loss, logits_RK
+    gradient = logits_RK.sub_(log_sum_R1).exp_().mul_(total_R1)
+    if pairs.key is None:
+        gradient.sub_(weight)
+    else:
+        row = torch.arange(len(gradient), device=gradient.device)[:, None].expand_as(pairs.key)
+        gradient.index_put_((row, pairs.key), -weight, accumulate=True)
+    return loss, gradient
+
+
+def _blocks(anchors: int, keys: int) -> list[slice]:
+    rows = max(1, min(anchors, _BLOCK_ELEMENTS // max(1, keys)))
+    return [slice(first, min(first + rows, anchors)) for first in range(0, anchors, rows)]
+
+
+def _spans(lengths: Sequence[int]) -> list[slice]:
+    spans, first = [], 0
+    for length in lengths:
+        spans.append(slice(first, first + length))
+        first += length
+    return spans

@@ -14,6 +14,8 @@ METHODS = {
     "amimv": "medpretrain.methods.amimv:Amimv",
     "dino": "medpretrain.methods.dino:Dino",
     "modan_mulsupcon": "medpretrain.methods.modan_mulsupcon:ModAnMulSupCon",
+    "simclr": "medpretrain.methods.simclr:SimClr",
+    "supcon": "medpretrain.methods.supcon:SupCon",
 }
 
 

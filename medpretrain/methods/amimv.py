@@ -2,63 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, ClassVar, Literal
 
 import torch
-from annotated_types import Ge, Gt, Le
-from torch import Tensor, nn
+from annotated_types import Gt
+from torch import Tensor
 
 from medpretrain.data.batches import Batch, Views
 from medpretrain.data.order import counterparts
-from medpretrain.losses.contrastive import nt_xent
+from medpretrain.losses.contrastive import unit
 from medpretrain.losses.gather import gather
-from medpretrain.methods.base import Backbone, Method, MethodOptions, Outputs, Progress
-from medpretrain.models.ema import follow, frozen_copy
+from medpretrain.losses.instance import nt_xent
+from medpretrain.methods.base import Backbone, Outputs, Progress, TrainingSet
+from medpretrain.methods.momentum import MomentumEncoder, MomentumOptions
 from medpretrain.models.heads import projection_mlp
 
 
-class AmimvOptions(MethodOptions):
+class AmimvOptions(MomentumOptions):
     """The paper gives neither temperature, momentum nor fusion; these defaults are ours."""
 
     name: Literal["amimv"] = "amimv"
     temperature: Annotated[float, Gt(0)] = 0.2
-    momentum: Annotated[float, Ge(0), Le(1)] = 0.999
     fusion: Literal["mean", "product", "concat"] = "mean"
     projector: tuple[int, ...] = (512, 512, 128)
 
 
-class Amimv(Method):
+class Amimv(MomentumEncoder):
     options = AmimvOptions
-    view_names = ("normalised", "augmented")
+    view_kinds: ClassVar[Mapping[str, int]] = {"normalised": 1, "augmented": 1}
+    opt: AmimvOptions
 
-    def __init__(self, options: AmimvOptions, backbone: Backbone, label_sizes: Mapping[str, int]) -> None:
-        super().__init__(options, backbone, label_sizes)
+    def __init__(self, options: AmimvOptions, backbone: Backbone, data: TrainingSet) -> None:
+        super().__init__(options, backbone, data)
         self.opt = options
-        self.encoder = nn.ModuleDict(
-            {"backbone": backbone, "projector": projection_mlp(backbone.num_features, options.projector)}
-        )
-        self.momentum_encoder = frozen_copy(self.encoder)
+        self._build(backbone, projection_mlp(backbone.num_features, options.projector))
 
-    def forward(self, views: Views) -> Outputs:
-        """`query` and `key` (n, 2, D): the normalised and the augmented view; `features` (n, D) of the normalised."""
-        # Each view has a pass of its own, as in algorithm 1: BatchNorm does not mix the two kinds.
-        both = [views[name][0] for name in self.view_names]
-        features = [self.encoder["backbone"](images) for images in both]
-        query = [self.encoder["projector"](one) for one in features]
-        with torch.no_grad():
-            key = [self._momentum_embedding(images) for images in both]
-        return {
-            "query": torch.stack(query, dim=1),
-            "key": torch.stack(key, dim=1),
-            "features": features[0].detach(),
-        }
-
-    def _momentum_embedding(self, images: Tensor) -> Tensor:
-        encoder = self.momentum_encoder
-        assert isinstance(encoder, nn.ModuleDict)
-        embedding: Tensor = encoder["projector"](encoder["backbone"](images))
-        return embedding
+    def split(self, views: Views) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Both views, the normalised first, for both encoders."""
+        both = [views[name][0] for name in self.view_kinds]
+        return both, both
 
     def loss(self, outputs: Outputs, batch: Batch, progress: Progress) -> Tensor:
         partner = torch.from_numpy(counterparts(batch.seed, batch.step, batch.size)).to(outputs["query"].device)
@@ -72,14 +55,7 @@ class Amimv(Method):
 
     def _fuse(self, a_ND: Tensor, b_ND: Tensor) -> Tensor:
         """The operator the paper leaves open, on unit vectors, so that neither image outweighs the other."""
-        a, b = (nn.functional.normalize(x if x.dtype == torch.float64 else x.float(), dim=1) for x in (a_ND, b_ND))
+        a, b = unit(a_ND), unit(b_ND)
         if self.opt.fusion == "mean":
             return (a + b) / 2
         return a * b if self.opt.fusion == "product" else torch.cat([a, b], dim=1)
-
-    def after_update(self, outputs: Outputs, progress: Progress) -> None:
-        follow(self.momentum_encoder, self.encoder, self.opt.momentum)
-
-    @property
-    def exported(self) -> nn.Module:
-        return self.encoder["backbone"]

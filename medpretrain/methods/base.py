@@ -1,18 +1,21 @@
-"""What every method is: networks, and the three things the training loop asks of them."""
+"""What every method is: networks, and the few things the training loop asks of them."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from data_prep.errors import UserError
 from medpretrain.data.batches import Batch, Views
 
 Outputs = dict[str, Tensor]
+LabelKinds = Literal["none", "one", "some"]
 
 
 class Backbone(nn.Module):
@@ -26,6 +29,34 @@ class MethodOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: str
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """What a method may know of the images it learns from, before it sees one.
+
+    Attributes:
+        samples: images of the split.
+        classes: for each label kind the names of its classes; a label id is a place among them.
+        counts: for each label kind the images of each class; images without the label are in none.
+        seed: the run's.
+    """
+
+    samples: int
+    classes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    counts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    seed: int = 0
+
+    @property
+    def label_sizes(self) -> dict[str, int]:
+        """How many classes each label kind has."""
+        return {kind: len(names) for kind, names in self.classes.items()}
+
+    @property
+    def label(self) -> str:
+        """The only label kind."""
+        (kind,) = self.classes
+        return kind
 
 
 @dataclass(frozen=True)
@@ -46,24 +77,51 @@ class Method(nn.Module, ABC):
     """Networks and the rules for training them; everything that changes over time is in the state dict.
 
     The loop calls, in each step: `forward` on each micro-batch of views, `loss` on the outputs of all of them,
-    `before_update` when gradients are there, `after_update` when the optimizer has stepped.
+    `before_update` when gradients are there, `after_update` when the optimizer has stepped. Before a step for which
+    `wants_survey` is true it shows the method an embedding of every training image.
     """
 
     options: ClassVar[type[MethodOptions]]
-    view_names: ClassVar[tuple[str, ...]]
-    needs_labels: ClassVar[bool] = False
+    view_kinds: ClassVar[Mapping[str, int]]
+    """The kinds of views it takes and how many of each there must be; the first kind is what is seen at evaluation."""
+    labels: ClassVar[LabelKinds] = "none"
+    """How many label kinds it learns from: none, exactly one, or at least one."""
+    collapse_causes: ClassVar[str] = "a lower optim.lr or a longer optim.warmup are the usual cures"
+    """What the display adds when the features become constant."""
 
     @abstractmethod
-    def __init__(self, options: MethodOptions, backbone: Backbone, label_sizes: Mapping[str, int]) -> None:
+    def __init__(self, options: MethodOptions, backbone: Backbone, data: TrainingSet) -> None:
         """Args:
         backbone: maps (n, C, S, S) to features (n, D), with `num_features` = D; its weights are the starting point.
-        label_sizes: how many classes each label kind of the batches has.
+        data: the images and labels it will see.
         """
         super().__init__()
 
+    @classmethod
+    def check(cls, options: MethodOptions, data: TrainingSet, global_batch: int) -> None:
+        """Refuse what cannot be trained, before any network is built.
+
+        Raises:
+            UserError: the data or the batch do not fit the method; says what to change.
+        """
+        if cls.labels == "none":
+            return
+        for kind, counts in data.counts.items():
+            if not any(counts):
+                raise UserError(f"no image of the training split has a known label {kind!r}; give another data.labels")
+        if cls.labels == "one" and len(data.classes) > 1:
+            raise UserError(
+                f"{options.name} learns from one label kind and data.labels names {len(data.classes)}: "
+                f"{', '.join(data.classes)}; modan_mulsupcon learns from several"
+            )
+
     @abstractmethod
     def forward(self, views: Views) -> Outputs:
-        """Embeddings of n images, each tensor with n as its first dimension; `features` (n, D) must be among them."""
+        """Embeddings of n images, each tensor with n as its first dimension.
+
+        Among them `features` (n, V, D) without gradient: the backbone's, of as many views as are at hand, for the
+        measures of collapse.
+        """
 
     @abstractmethod
     def loss(self, outputs: Outputs, batch: Batch, progress: Progress) -> Tensor:
@@ -72,10 +130,65 @@ class Method(nn.Module, ABC):
     def before_update(self, progress: Progress) -> None:
         """Change gradients before they are clipped and applied."""
 
-    def after_update(self, outputs: Outputs, progress: Progress) -> None:
+    def after_update(self, outputs: Outputs, batch: Batch, progress: Progress) -> None:
         """Update what no gradient updates: teacher, centre, queue."""
+
+    def wants_survey(self, progress: Progress) -> bool:
+        """Whether `survey` is to be called before this step."""
+        return False
+
+    def embed(self, images: Tensor) -> Tensor:
+        """What a survey keeps of n images (n, C, S, S): (n, D)."""
+        raise NotImplementedError
+
+    def survey(self, embeddings_ND: Tensor, labels: Mapping[str, Tensor]) -> None:
+        """Learn from all training images at once.
+
+        Args:
+            embeddings_ND: of each image without augmentation, in the order of `Batch.samples`; the same on every rank.
+            labels: for each label kind the ids, (N,) int64, -1 where unknown.
+        """
 
     @property
     @abstractmethod
     def exported(self) -> nn.Module:
         """The backbone that is evaluated and exported."""
+
+    @property
+    def trained(self) -> nn.Module:
+        """The backbone that the optimizer trains."""
+        return self.exported
+
+
+class JointEmbedding(Method):
+    """A backbone and a projector that see all views alike, as in SimCLR; what remains is a loss of the embeddings."""
+
+    view_kinds: ClassVar[Mapping[str, int]] = {"crop": 2}
+    one_pass: ClassVar[bool] = True
+    """Whether all views go through the networks together, so that BatchNorm sees them as one batch."""
+    backbone: Backbone
+    projector: nn.Module
+
+    def forward(self, views: Views) -> Outputs:
+        """`z` (n, V, D) with gradient, and `features`."""
+        crops = views["crop"]
+        passes = [torch.cat(crops)] if self.one_pass else crops
+        features = [self.backbone(images) for images in passes]
+        z = [self.projector(one) for one in features]
+        return {
+            "z": image_first(torch.cat(z), len(crops)),
+            "features": image_first(torch.cat(features), len(crops)).detach(),
+        }
+
+    def embed(self, images: Tensor) -> Tensor:
+        embedding: Tensor = self.projector(self.backbone(images))
+        return embedding
+
+    @property
+    def exported(self) -> nn.Module:
+        return self.backbone
+
+
+def image_first(x: Tensor, views: int) -> Tensor:
+    """Views one after another, (V * n, ...), as (n, V, ...)."""
+    return x.unflatten(0, (views, -1)).transpose(0, 1)

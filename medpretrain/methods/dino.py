@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from annotated_types import Ge, Gt, Le
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from medpretrain.data.batches import Batch, Views
 from medpretrain.losses.distillation import dino_loss
 from medpretrain.losses.gather import mean_over_ranks
-from medpretrain.methods.base import Backbone, Method, MethodOptions, Outputs, Progress
+from medpretrain.methods.base import Backbone, Method, MethodOptions, Outputs, Progress, TrainingSet, image_first
 from medpretrain.models.ema import follow, frozen_copy
 from medpretrain.models.heads import DinoHead
 from medpretrain.training.schedules import cosine
@@ -40,11 +40,12 @@ class DinoOptions(MethodOptions):
 
 class Dino(Method):
     options = DinoOptions
-    view_names = ("global", "local")
+    view_kinds: ClassVar[Mapping[str, int]] = {"global": 1, "local": 0}
+    collapse_causes = "a lower optim.lr, method.teacher_temperature or method.center_momentum are the usual cures"
     center: Tensor
 
-    def __init__(self, options: DinoOptions, backbone: Backbone, label_sizes: Mapping[str, int]) -> None:
-        super().__init__(options, backbone, label_sizes)
+    def __init__(self, options: DinoOptions, backbone: Backbone, data: TrainingSet) -> None:
+        super().__init__(options, backbone, data)
         self.opt = options
         self.student = backbone
         self.student_head = DinoHead(
@@ -55,18 +56,18 @@ class Dino(Method):
         self.register_buffer("center", torch.zeros(options.prototypes))
 
     def forward(self, views: Views) -> Outputs:
-        """`student` (n, S, K), `teacher` (n, T, K), global views first, and the teacher's `features` (n, D)."""
+        """`student` (n, S, K), `teacher` (n, T, K), global views first, and the teacher's `features`."""
         n = len(views["global"][0])
         # Views of one size share a pass.
-        passes = [torch.cat(views[name]) for name in self.view_names if name in views]
+        passes = [torch.cat(views[name]) for name in self.view_kinds if name in views]
         student = torch.cat([self.student_head(self.student(crops)) for crops in passes])
         with torch.no_grad():
             features = self.teacher(passes[0])
             teacher = self.teacher_head(features)
         return {
-            "student": student.unflatten(0, (-1, n)).transpose(0, 1),
-            "teacher": teacher.unflatten(0, (-1, n)).transpose(0, 1),
-            "features": features[:n],
+            "student": image_first(student, len(student) // n),
+            "teacher": image_first(teacher, len(teacher) // n),
+            "features": image_first(features, len(features) // n),
         }
 
     def loss(self, outputs: Outputs, batch: Batch, progress: Progress) -> Tensor:
@@ -89,7 +90,7 @@ class Dino(Method):
             self.student_head.prototypes.grad = None
 
     @torch.no_grad()
-    def after_update(self, outputs: Outputs, progress: Progress) -> None:
+    def after_update(self, outputs: Outputs, batch: Batch, progress: Progress) -> None:
         momentum = cosine(progress.step, total=progress.total, start=self.opt.teacher_momentum, end=1.0)
         follow(self.teacher, self.student, momentum)
         follow(self.teacher_head, self.student_head, momentum)
@@ -99,6 +100,10 @@ class Dino(Method):
     @property
     def exported(self) -> nn.Module:
         return self.teacher
+
+    @property
+    def trained(self) -> nn.Module:
+        return self.student
 
 
 def _without_drop_path(module: nn.Module) -> None:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict, cast
+from typing import Any, TypedDict, cast
 
+import numpy as np
 import torch
 from torch import nn
 
 from data_prep.errors import UserError
 from medpretrain.data.mixture import Mixture
 from medpretrain.methods import method_class
-from medpretrain.methods.base import Backbone, Method
+from medpretrain.methods.base import Backbone, Method, TrainingSet
 from medpretrain.models.backbones import create_backbone
 from medpretrain.models.preprocessing import Preprocessing
 from medpretrain.recipe import Recipe
@@ -37,29 +37,54 @@ def build_backbone(recipe: Recipe) -> Backbone:
     return cast("Backbone", backbone)
 
 
-def label_sizes(recipe: Recipe, dataset: Mixture) -> dict[str, int]:
-    """How many classes each label kind of the recipe has.
+def training_set(recipe: Recipe, dataset: Mixture) -> TrainingSet:
+    """The images and labels a recipe trains on.
 
     Raises:
-        UserError: no dataset has one of them.
+        UserError: no dataset has one of the labels.
     """
-    return {name: len(dataset.label_names(name)) for name in recipe.data.labels}
+    rows = dataset.rows(recipe.data.split)
+    classes = {kind: tuple(dataset.label_names(kind)) for kind in recipe.data.labels}
+    counts = {}
+    for kind, names in classes.items():
+        ids = dataset.labels(kind)[rows]
+        counts[kind] = tuple(np.bincount(ids[ids >= 0], minlength=len(names)).tolist())
+    return TrainingSet(len(rows), classes, counts, recipe.seed)
 
 
-def build_method(recipe: Recipe, sizes: Mapping[str, int]) -> Method:
+def build_method(recipe: Recipe, data: TrainingSet) -> Method:
     """The recipe's method with its initial weights.
 
     Raises:
-        UserError: a backbone timm does not know.
+        UserError: a backbone timm does not know; data or a batch that do not fit the method.
     """
     method = method_class(recipe.method["name"])
     options = method.options.model_validate_json(json.dumps(recipe.method), strict=True)
-    return method(options, build_backbone(recipe), sizes)
+    method.check(options, data, recipe.train.global_batch)
+    return method(options, build_backbone(recipe), data)
+
+
+def refuse_batchnorm_of_one(method: nn.Module, recipe: Recipe, world: int) -> None:
+    """Raises:
+    UserError: a BatchNorm would see one image at a time, and normalise it to zero.
+    """
+    if not any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in method.modules()):
+        return
+    train = recipe.train
+    together = world if train.sync_batchnorm else 1
+    if train.global_batch // (world * train.micro_batches) * together < 2:
+        sync = "" if train.sync_batchnorm or world == 1 else "train.sync_batchnorm=true, "
+        raise UserError(
+            f"BatchNorm would see one image at a time: train.global_batch={train.global_batch} over {world} "
+            f"processes x {train.micro_batches} micro-batches; set {sync}a larger train.global_batch or fewer "
+            "train.micro_batches"
+        )
 
 
 def image_size(recipe: Recipe) -> int:
     """The pixels a side at which the backbone sees whole images: those of the method's first kind of view."""
-    return recipe.views[method_class(recipe.method["name"]).view_names[0]].size
+    first = next(iter(method_class(recipe.method["name"]).view_kinds))
+    return recipe.views[first].size
 
 
 class DatasetFacts(TypedDict):
@@ -67,7 +92,8 @@ class DatasetFacts(TypedDict):
 
     bit_depth: int
     splits: dict[str, int]
-    label_sizes: dict[str, int]
+    training: dict[str, Any]
+    """The fields of its `TrainingSet`."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +122,7 @@ def load_run(run: Path) -> TrainedRun:
     state, info = checkpoint.load(path)
     recipe = read_recipe(info.recipe)
     dataset: DatasetFacts = state["dataset"]
-    method = build_method(from_scratch(recipe), dataset["label_sizes"])
+    method = build_method(from_scratch(recipe), TrainingSet(**dataset["training"]))
     method.load_state_dict(state["method"])
     assert recipe.data.mean is not None
     assert recipe.data.std is not None

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from data_prep.errors import UserError
 
-FORMAT = 2
+FORMAT = 3
 _STATE = "state.pt"
 MANIFEST = "manifest.json"
 _TEMPORARY = ".tmp-"
@@ -251,6 +251,11 @@ def _read_manifest(path: Path) -> tuple[CheckpointInfo, dict[str, Any]]:
         raise CheckpointError(
             f"{file} has format {version} and this version reads up to {FORMAT}: it needs a newer medpretrain"
         )
+    if isinstance(version, int) and version < FORMAT:
+        raise CheckpointError(
+            f"{file} has format {version}, which does not say what its labels are; go on with the version of "
+            "medpretrain that wrote it"
+        )
     if data != _manifest_bytes(manifest):
         raise CheckpointError(f"{file} is damaged: its checksum does not fit its content")
     # From here on it is what `save` wrote, though perhaps for another folder.
@@ -269,7 +274,7 @@ def _read_manifest(path: Path) -> tuple[CheckpointInfo, dict[str, Any]]:
             raise CheckpointError(f"{path / entry} has {status.st_size} bytes, not {files[entry]['bytes']}")
     fields = {field.name: manifest[field.name] for field in dataclasses.fields(CheckpointInfo)}
     hashes = fields["dataset_sha256"]
-    fields["dataset_sha256"] = (hashes,) if version == 1 else tuple(hashes)  # format 1 knew one dataset
+    fields["dataset_sha256"] = tuple(hashes)
     return CheckpointInfo(**fields), files
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import logging
 import math
@@ -18,17 +19,20 @@ import torch
 from data_prep.errors import UserError, WorkFailed
 from medpretrain.data.batches import Share, Stream
 from medpretrain.data.mixture import Mixture
+from medpretrain.data.order import InOrder, SampleSequence
+from medpretrain.data.views import View
 from medpretrain.models.batchnorm import use_global_batchnorm
 from medpretrain.recipe import Recipe, flatten
 from medpretrain.recipe_file import dump_recipe, read_recipe
 from medpretrain.training import checkpoint
-from medpretrain.training.build import DatasetFacts, build_method, label_sizes
+from medpretrain.training.build import DatasetFacts, build_method, image_size, refuse_batchnorm_of_one, training_set
 from medpretrain.training.checkpoint import CheckpointInfo
 from medpretrain.training.display import Display
 from medpretrain.training.metrics_log import MetricsLog
 from medpretrain.training.process import Process, joined
+from medpretrain.training.survey import Surveyor
 from medpretrain.training.tracking import Tracker
-from medpretrain.training.trainer import Measured, Trainer, mean_loss
+from medpretrain.training.trainer import Measured, Trainer, feature_std, mean_loss
 
 _log = logging.getLogger(__name__)
 
@@ -72,10 +76,10 @@ def train(recipe: Recipe, resume: Resume = "auto") -> Finished:
         stream = build_stream(recipe, dataset, process)
         total = recipe.train.steps or math.ceil((recipe.train.epochs or 0) * stream.steps_per_epoch)
         about = CheckpointInfo(dump_recipe(recipe), recipe.sha256, dataset.sha256, process.world)
-        facts = DatasetFacts(
-            bit_depth=dataset.bit_depth, splits=dataset.splits, label_sizes=label_sizes(recipe, dataset)
-        )
-        method = build_method(recipe, facts["label_sizes"]).to(process.device)
+        data = training_set(recipe, dataset)
+        facts = DatasetFacts(bit_depth=dataset.bit_depth, splits=dataset.splits, training=dataclasses.asdict(data))
+        method = build_method(recipe, data).to(process.device)
+        refuse_batchnorm_of_one(method, recipe, process.world)
         if process.world > 1 and recipe.train.sync_batchnorm:
             use_global_batchnorm(method, process.device)
         trainer = Trainer(method, recipe, process, total=total, steps_per_epoch=stream.steps_per_epoch)
@@ -104,7 +108,8 @@ def train(recipe: Recipe, resume: Resume = "auto") -> Finished:
             state = trainer.state_dict() | {"dataset": dict(facts)}
             return process.agreed(lambda: checkpoint.save(run, step, state, about, recipe.train.keep))
 
-        return _steps(recipe, stream, trainer, reporter, save, step, total)
+        surveyor = Surveyor(lambda: survey_stream(recipe, dataset, process), recipe.train.precision)
+        return _steps(recipe, stream, trainer, surveyor, reporter, save, step, total)
 
 
 def with_normalisation(recipe: Recipe, dataset: Mixture) -> Recipe:
@@ -115,7 +120,15 @@ def with_normalisation(recipe: Recipe, dataset: Mixture) -> Recipe:
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"mean": mean, "std": std})})
 
 
-def build_stream(recipe: Recipe, dataset: Mixture, process: Process) -> Stream:
+def survey_stream(recipe: Recipe, dataset: Mixture, process: Process) -> Stream:
+    """The training images whole and in their order."""
+    whole = {"whole": View(size=image_size(recipe))}
+    untraced = recipe.data.model_copy(update={"trace": False})
+    plain = recipe.model_copy(update={"views": whole, "data": untraced})
+    return build_stream(plain, dataset, process, InOrder(len(dataset.rows(recipe.data.split))))
+
+
+def build_stream(recipe: Recipe, dataset: Mixture, process: Process, order: SampleSequence | None = None) -> Stream:
     data = recipe.data
     assert data.mean is not None
     assert data.std is not None
@@ -133,6 +146,7 @@ def build_stream(recipe: Recipe, dataset: Mixture, process: Process) -> Stream:
         labels=data.labels,
         block_shards=data.block_shards,
         share=Share(process.rank, process.world, recipe.train.micro_batches),
+        order=order,
         trace=recipe.run_dir / f"samples-rank{process.rank}.jsonl" if data.trace else None,
     )
 
@@ -141,6 +155,7 @@ def _steps(
     recipe: Recipe,
     stream: Stream,
     trainer: Trainer,
+    surveyor: Surveyor,
     reporter: _Reporter,
     save: Callable[[int], Path],
     step: int,
@@ -157,6 +172,7 @@ def _steps(
             asked = time.perf_counter()
             batch = next(batches)
             reporter.waited(time.perf_counter() - asked)
+            surveyor.before_step(trainer.method, trainer.progress(step))
             measured = trainer.step(batch)
             step += 1
             last = step == total
@@ -261,7 +277,7 @@ class _Reporter:
                 "loss": loss,
                 "lr": measured.lr,
                 "grad_norm": measured.grad_norm.item(),
-                "feature_std": measured.feature_std.item(),
+                "feature_std": feature_std(measured.features[:, 0]).item(),
                 "images_per_s": (step - self._step) * self._batch / seconds,
                 "data_wait": self._waited / seconds,
             }

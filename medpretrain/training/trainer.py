@@ -31,7 +31,8 @@ class Measured:
     loss: Tensor
     lr: float
     grad_norm: Tensor
-    feature_std: Tensor
+    features: Tensor
+    """(n, V, D), of the backbone, of this rank's images."""
 
 
 class Trainer:
@@ -71,8 +72,8 @@ class Trainer:
         self.method.before_update(progress)
         norm = self._clip()
         self.optimizer.step()
-        self.method.after_update(outputs, progress)
-        return Measured(loss, lr, norm, feature_std(outputs["features"]))
+        self.method.after_update(outputs, batch, progress)
+        return Measured(loss, lr, norm, outputs["features"])
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that changes over time; random numbers are functions of the step and need no state."""
@@ -115,7 +116,7 @@ class Trainer:
             loss.backward()
             return loss.detach(), {name: value.detach() for name, value in outputs.items()}
         parts: list[Outputs] = []
-        with torch.no_grad(), _statistics_kept(self.method):
+        with torch.no_grad(), statistics_kept(self.method):
             for turn, views in enumerate(batch.micro):
                 self._seed_layers(batch, turn)
                 parts.append(self._strategy.forward(views))
@@ -162,7 +163,7 @@ def _rows(grad: Tensor | None, first: int, count: int) -> Tensor | None:
 
 
 @contextmanager
-def _statistics_kept(module: nn.Module) -> Iterator[None]:
+def statistics_kept(module: nn.Module) -> Iterator[None]:
     """BatchNorm uses a batch's statistics but does not record them: a pass that will be repeated counts once."""
     norms = [layer for layer in module.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
     recorded = [layer.track_running_stats for layer in norms]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from medpretrain.data.batches import Batch, Views
 from medpretrain.losses.gather import mean_over_ranks
+from medpretrain.methods.base import TrainingSet
 from medpretrain.models.batchnorm import use_global_batchnorm
 from medpretrain.recipe import Recipe
 from medpretrain.training.build import build_method
@@ -29,6 +30,11 @@ OPTIONS = {"dino": {"prototypes": 24, "hidden": 16, "bottleneck": 8}, "modan_mul
 BACKBONES = {"resnet": "test_resnet", "vit": "test_vit"}
 ALONE = Process(rank=0, world=1, local_rank=0, local_world=1, device=torch.device("cpu"))
 LABELS = {"modality": 3, "anatomy": 4}
+DATA = TrainingSet(
+    samples=IMAGES,
+    classes={kind: tuple(map(str, range(size))) for kind, size in LABELS.items()},
+    counts={kind: tuple(range(1, size + 1)) for kind, size in LABELS.items()},
+)
 
 
 def recipe(method: str, backbone: str) -> Recipe:
@@ -63,7 +69,7 @@ def part(views: Views, first: int, count: int) -> Views:
 def gradients(process: Process, method: str, backbone: str, *, micro_batches: int = 1) -> dict[str, Tensor]:
     """The gradient of every parameter, the loss, and what the method updates, after one step on this rank's part."""
     chosen = recipe(method, backbone)
-    model = build_method(chosen, LABELS).double()
+    model = build_method(chosen, DATA).double()
     if process.world > 1:
         model = use_global_batchnorm(model)
     trainer = Trainer(model, chosen, process, total=10, steps_per_epoch=3.0)
@@ -73,10 +79,10 @@ def gradients(process: Process, method: str, backbone: str, *, micro_batches: in
     micro = [part(views, first + turn * size, size) for turn in range(micro_batches)]
     torch.manual_seed(5)
     labels = {name: torch.randint(-1, classes, (IMAGES,)) for name, classes in LABELS.items()}
-    batch = Batch(step=4, seed=0, size=IMAGES, first=first, micro=micro, labels=labels)
+    batch = Batch(step=4, seed=0, size=IMAGES, first=first, micro=micro, labels=labels, samples=torch.arange(IMAGES))
     loss, outputs = trainer.backward(batch, trainer.progress(4))
     found = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
-    model.after_update(outputs, trainer.progress(4))
+    model.after_update(outputs, batch, trainer.progress(4))
     buffers = {f"buffer {name}": value for name, value in model.named_buffers()}
     return found | buffers | {"loss": mean_over_ranks(loss)}
 

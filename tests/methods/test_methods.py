@@ -12,14 +12,20 @@ from torch import nn
 from data_prep.errors import UserError
 from medpretrain.data.batches import Batch
 from medpretrain.data.order import counterparts
-from medpretrain.losses.contrastive import nt_xent
+from medpretrain.losses.instance import nt_xent
 from medpretrain.methods import METHODS, method_class
 from medpretrain.methods.amimv import Amimv, AmimvOptions
-from medpretrain.methods.base import Progress
+from medpretrain.methods.base import Progress, TrainingSet
 from medpretrain.methods.dino import Dino, DinoOptions
 from medpretrain.methods.modan_mulsupcon import ModAnMulSupCon, MulSupConOptions
 from medpretrain.models.ema import follow
 from medpretrain.models.heads import DinoHead
+
+NO_LABELS = TrainingSet(samples=20)
+ONE_LABEL = TrainingSet(20, {"class": ("a", "b")}, {"class": (5, 15)})
+LABELLED = TrainingSet(
+    20, {"modality": ("CT", "MR"), "anatomy": ("lung", "hand", "head")}, {"modality": (8, 10), "anatomy": (2, 3, 4)}
+)
 
 
 class Flat(nn.Module):
@@ -38,7 +44,7 @@ def images(count, size=8):
 
 
 def batch(size, labels=None, step=3):
-    return Batch(step=step, seed=0, size=size, first=0, micro=[], labels=labels or {})
+    return Batch(step=step, seed=0, size=size, first=0, micro=[], labels=labels or {}, samples=torch.arange(size))
 
 
 def progress(step=3, total=10, epoch=2.0):
@@ -48,7 +54,7 @@ def progress(step=3, total=10, epoch=2.0):
 @pytest.fixture
 def dino():
     torch.manual_seed(0)
-    return Dino(DinoOptions(prototypes=12, hidden=8, bottleneck=5, teacher_momentum=0.9), Flat(), {})
+    return Dino(DinoOptions(prototypes=12, hidden=8, bottleneck=5, teacher_momentum=0.9), Flat(), NO_LABELS)
 
 
 def dino_views(n=5):
@@ -72,13 +78,13 @@ def test_the_teacher_and_the_center_follow_by_their_momentum(dino):
         parameter.data += 1
     before = copy.deepcopy(dino.teacher.state_dict())
     outputs = dino(dino_views())
-    dino.after_update(outputs, progress(step=0))
+    dino.after_update(outputs, batch(5), progress(step=0))
     for name, value in dino.teacher.state_dict().items():
         torch.testing.assert_close(value, 0.9 * before[name] + 0.1 * dino.student.state_dict()[name])
     torch.testing.assert_close(dino.center, 0.1 * outputs["teacher"].mean(dim=(0, 1)))
-    dino.after_update(outputs, progress(step=10))  # the momentum has risen to 1
+    dino.after_update(outputs, batch(5), progress(step=10))  # the momentum has risen to 1
     frozen = copy.deepcopy(dino.teacher.state_dict())
-    dino.after_update(outputs, progress(step=10))
+    dino.after_update(outputs, batch(5), progress(step=10))
     assert all(torch.equal(value, frozen[name]) for name, value in dino.teacher.state_dict().items())
 
 
@@ -92,7 +98,7 @@ def test_the_last_layer_stands_still_in_the_first_epoch_only(dino):
 
 def test_the_teachers_temperature_warms_up():
     options = DinoOptions(warmup_teacher_temperature=0.04, teacher_temperature=0.07, teacher_warmup=0.5, prototypes=4)
-    method = Dino(options, Flat(), {})
+    method = Dino(options, Flat(), NO_LABELS)
     found = [method.teacher_temperature(Progress(step, 11, 0.0)) for step in (0, 2, 5, 10)]
     assert found == pytest.approx([0.04, 0.052, 0.07, 0.07])
 
@@ -110,7 +116,7 @@ def test_a_teacher_in_training_mode_drops_no_path():
 
     torch.manual_seed(0)
     backbone = create_backbone("vit_tiny_patch16_224", channels=1, image_size=32, drop_path=0.9)
-    method = Dino(DinoOptions(prototypes=4, hidden=4, bottleneck=4), backbone, {}).train()
+    method = Dino(DinoOptions(prototypes=4, hidden=4, bottleneck=4), backbone, NO_LABELS).train()
     x = images(4, 32)
     assert torch.equal(method.teacher(x), method.teacher(x))
     assert not torch.equal(method.student(x), method.student(x))
@@ -119,7 +125,7 @@ def test_a_teacher_in_training_mode_drops_no_path():
 @pytest.mark.parametrize("fusion", ["mean", "product", "concat"])
 def test_amimv_is_nt_xent_between_fused_embeddings_of_two_images(fusion):
     torch.manual_seed(0)
-    method = Amimv(AmimvOptions(fusion=fusion, projector=(5,), temperature=0.3), Flat(), {}).double()
+    method = Amimv(AmimvOptions(fusion=fusion, projector=(5,), temperature=0.3), Flat(), NO_LABELS).double()
     for parameter in method.momentum_encoder.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     n = 4
@@ -144,7 +150,7 @@ def test_amimv_is_nt_xent_between_fused_embeddings_of_two_images(fusion):
 
 
 def test_amimvs_momentum_encoder_follows_and_gets_no_gradient():
-    method = Amimv(AmimvOptions(momentum=0.5, projector=(4, 3)), Flat(), {}).train()
+    method = Amimv(AmimvOptions(momentum=0.5, projector=(4, 3)), Flat(), NO_LABELS).train()
     views = {"normalised": [images(6)], "augmented": [images(6)]}
     outputs = method(views)
     method.loss(outputs, batch(6), progress()).backward()
@@ -152,13 +158,13 @@ def test_amimvs_momentum_encoder_follows_and_gets_no_gradient():
     assert all(parameter.grad is not None for parameter in method.encoder.parameters())
     before = method.momentum_encoder["backbone"].layer.weight.clone()
     method.encoder["backbone"].layer.weight.data += 1
-    method.after_update(outputs, progress())
+    method.after_update(outputs, batch(5), progress())
     torch.testing.assert_close(method.momentum_encoder["backbone"].layer.weight, before + 0.5)
 
 
 def test_mul_sup_con_pulls_by_modality_and_anatomy():
     torch.manual_seed(0)
-    method = ModAnMulSupCon(MulSupConOptions(), Flat(), {"modality": 2, "anatomy": 3})
+    method = ModAnMulSupCon(MulSupConOptions(), Flat(), LABELLED)
     views = {"crop": [images(4), images(4)]}
     same = {"modality": torch.tensor([0, 0, 1, 1]), "anatomy": torch.tensor([0, 0, 2, -1])}
     other = {"modality": torch.tensor([0, 1, 0, 1]), "anatomy": torch.tensor([0, 0, 2, -1])}
@@ -171,7 +177,7 @@ def test_mul_sup_con_pulls_by_modality_and_anatomy():
 
 def test_images_without_any_label_are_pulled_to_their_own_views_alone():
     torch.manual_seed(0)
-    method = ModAnMulSupCon(MulSupConOptions(), Flat(), {"modality": 2, "anatomy": 3})
+    method = ModAnMulSupCon(MulSupConOptions(), Flat(), LABELLED)
     outputs = method({"crop": [images(4), images(4)]})
     z = outputs["z"].transpose(0, 1)
     unknown = torch.tensor([-1, -1, -1, -1])
@@ -182,10 +188,10 @@ def test_images_without_any_label_are_pulled_to_their_own_views_alone():
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_states_its_views_options_and_exported_backbone(name):
     method = method_class(name)
-    assert method.view_names
+    assert method.view_kinds
     assert method.options.model_fields["name"].default == name
     backbone = Flat()
-    built = method(method.options(), backbone, {"modality": 2})
+    built = method(method.options(), backbone, ONE_LABEL)
     assert set(built.exported.state_dict()) == set(backbone.state_dict())
 
 

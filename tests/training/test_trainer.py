@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from medpretrain.data.batches import Batch
+from medpretrain.methods.base import TrainingSet
 from medpretrain.recipe import Recipe
 from medpretrain.training.build import build_method
 from medpretrain.training.process import Process
@@ -28,13 +29,27 @@ def trainer(**optim):
             "train": {"steps": 10, "global_batch": 4},
         }
     )
-    return Trainer(build_method(recipe, {"modality": 2}), recipe, ALONE, total=10, steps_per_epoch=5.0)
+    return Trainer(
+        build_method(recipe, TrainingSet(4, {"modality": ("a", "b")}, {"modality": (2, 2)})),
+        recipe,
+        ALONE,
+        total=10,
+        steps_per_epoch=5.0,
+    )
 
 
 def batch(step):
     torch.manual_seed(step)
     views = {"crop": [torch.randn(4, 1, 32, 32) for _ in range(2)]}
-    return Batch(step, seed=0, size=4, first=0, micro=[views], labels={"modality": torch.tensor([0, 1, 0, 1])})
+    return Batch(
+        step,
+        seed=0,
+        size=4,
+        first=0,
+        micro=[views],
+        labels={"modality": torch.tensor([0, 1, 0, 1])},
+        samples=torch.arange(4),
+    )
 
 
 def test_learning_rate_and_decay_follow_their_schedules():

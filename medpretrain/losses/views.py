@@ -1,0 +1,79 @@
+"""Embeddings of several views of each image, laid out as the anchors and keys of the contrastive core."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ViewPairs:
+    """V views of N images of this process among V views of the M images of the global batch.
+
+    Anchors and keys are views one after another: key v * M + m is view v of image m.
+
+    Args:
+        z_VND: this process's embeddings.
+        keys_VMD: those of the global batch; z_VND itself if left out.
+        first: where this process's images begin among the M.
+
+    Raises:
+        ValueError: fewer than two views.
+    """
+
+    z_VND: Tensor
+    keys_VMD: Tensor
+    first: int
+
+    @classmethod
+    def of(cls, z_VND: Tensor, keys_VMD: Tensor | None = None, first: int = 0) -> ViewPairs:
+        keys = z_VND if keys_VMD is None else keys_VMD
+        if keys.shape[0] < 2:
+            raise ValueError("a contrast between views needs at least two views of each image")
+        return cls(z_VND, keys, first)
+
+    @property
+    def views(self) -> int:
+        return self.keys_VMD.shape[0]
+
+    @property
+    def images(self) -> int:
+        """M, of the global batch."""
+        return self.keys_VMD.shape[1]
+
+    @property
+    def anchors_AD(self) -> Tensor:
+        """(V * N, D)."""
+        return self.z_VND.flatten(0, 1)
+
+    @property
+    def keys_KD(self) -> Tensor:
+        """(V * M, D)."""
+        return self.keys_VMD.flatten(0, 1)
+
+    @cached_property
+    def image_A(self) -> Tensor:
+        """Which image of the global batch each anchor shows."""
+        here = torch.arange(self.first, self.first + self.z_VND.shape[1], device=self.z_VND.device)
+        return here.repeat(self.views)
+
+    @cached_property
+    def image_K(self) -> Tensor:
+        """Which image each key shows."""
+        return torch.arange(self.images, device=self.z_VND.device).repeat(self.views)
+
+    @cached_property
+    def own_A(self) -> Tensor:
+        """Where each anchor stands among the keys."""
+        view = torch.arange(self.views, device=self.z_VND.device).repeat_interleave(self.z_VND.shape[1])
+        return view * self.images + self.image_A
+
+    @cached_property
+    def other_views_AP(self) -> Tensor:
+        """The keys that show the same image in the V - 1 other views, (V * N, V - 1)."""
+        view = self.own_A[:, None] // self.images
+        turn = torch.arange(1, self.views, device=self.z_VND.device)
+        return (view + turn) % self.views * self.images + self.image_A[:, None]

@@ -1,0 +1,60 @@
+"""An embedding of every training image, for methods that place prototypes or find sub-classes by them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from medpretrain.data.batches import Stream
+from medpretrain.losses.gather import gather
+from medpretrain.methods.base import Method, Progress
+from medpretrain.training.trainer import statistics_kept
+
+
+@dataclass(frozen=True)
+class Surveyor:
+    """Shows a method all training images, unaugmented, when it asks for them.
+
+    Args:
+        open_stream: the images in the order of their numbers, each once, as one view named `whole`.
+        precision: `fp32` or `bf16`.
+    """
+
+    open_stream: Callable[[], Stream]
+    precision: str
+
+    def before_step(self, method: Method, progress: Progress) -> None:
+        """A survey, if the method wants one; a collective."""
+        if method.wants_survey(progress):
+            stream = self.open_stream()
+            method.survey(self._embeddings(method, stream), stream.all_labels)
+
+    @torch.no_grad()
+    def _embeddings(self, method: Method, stream: Stream) -> Tensor:
+        """(N, D), the same on every rank.
+
+        BatchNorm takes the statistics of each batch and records none: at the first step it has no others.
+        """
+        parts: list[Tensor] = []
+        images = len(stream)
+        batches = stream.batches(0)
+        training = method.training
+        method.eval()
+        for layer in method.modules():
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                layer.train()
+        try:
+            with statistics_kept(method):
+                while sum(map(len, parts)) < images:
+                    views = next(batches).micro
+                    device = views[0]["whole"][0].device
+                    with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+                        mine = [method.embed(part["whole"][0]) for part in views]
+                    parts.append(gather(torch.cat(mine).float()))
+        finally:
+            batches.close()
+            method.train(training)
+        return torch.cat(parts)[:images]
