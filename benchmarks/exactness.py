@@ -1,0 +1,279 @@
+"""Is a method on several ranks the same method? And does it go on where it stopped?
+
+    python benchmarks/exactness.py [--methods dino byol ...] [--worlds 1 2 4] [--out benchmarks/results]
+
+For each method: three training steps, then the gradient of a fourth, in float64 on a tiny network, with different
+images on every rank, against one process that holds the global batch: the ratio of the norms and the cosine of all
+parameters' gradients, and the largest difference of any buffer (teachers, queues, centres). Then, in float32: six steps
+at once against three, a checkpoint file and three more in new objects; parameters, buffers, optimizer and losses must be
+equal to the bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import platform
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from medpretrain.data.batches import Batch, Views
+from medpretrain.losses.gather import mean_over_ranks
+from medpretrain.methods import METHODS, method_class
+from medpretrain.methods.base import TrainingSet
+from medpretrain.models.batchnorm import use_global_batchnorm
+from medpretrain.recipe import Recipe
+from medpretrain.training.build import build_method
+from medpretrain.training.process import Process, joined
+from medpretrain.training.trainer import Trainer
+
+IMAGES, STEPS = 12, 3
+ALONE = Process(rank=0, world=1, local_rank=0, local_world=1, device=torch.device("cpu"))
+CLASSES = {"finding": 2, "class": 3, "modality": 3, "anatomy": 4}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a method is tried with; the smallest that still has all its parts."""
+
+    options: dict[str, Any] = field(default_factory=dict)
+    labels: tuple[str, ...] = ()
+
+
+SMALL = {"projector": [16, 8]}
+CASES = {
+    "amimv": Case(SMALL | {"momentum": 0.9}),
+    "dino": Case({"prototypes": 24, "hidden": 16, "bottleneck": 8, "freeze_last_layer_epochs": 0.5}),
+    "modan_mulsupcon": Case({"instance_weight": 0.5}, ("modality", "anatomy")),
+    "simclr": Case(SMALL),
+    "supcon": Case(SMALL, ("class",)),
+}
+
+
+def recipe(method: str, backbone: str, micro_batches: int = 1) -> Recipe:
+    kinds = method_class(method).view_kinds
+    return Recipe.model_validate(
+        {
+            "name": "exactness",
+            "data": {"channels": 1, "labels": list(CASES[method].labels), "mean": [0.5], "std": [0.5]},
+            "backbone": {"name": f"test_{backbone}"},
+            "views": {
+                kind: {"size": 32 if least else 16, "count": max(least, 2 if method == "dino" else 1)}
+                for kind, least in kinds.items()
+            },
+            "method": {"name": method, **CASES[method].options},
+            "optim": {"name": "adamw", "lr": 1e-3, "weight_decay": 0.04},
+            "train": {"steps": 10, "global_batch": IMAGES, "micro_batches": micro_batches},
+        }
+    )
+
+
+def batch(chosen: Recipe, step: int, process: Process, dtype: torch.dtype) -> Batch:
+    """The rank's part of a step's global batch, which is drawn whole from the step's number."""
+    draw = torch.Generator().manual_seed(step)
+    # Images differ in mean and scale, so that normalising per rank shows.
+    lift = torch.linspace(0.2, 3, IMAGES)[torch.randperm(IMAGES, generator=draw)][:, None, None, None]
+    everything: Views = {
+        name: [
+            (torch.randn(IMAGES, 1, view.size, view.size, generator=draw) * lift + lift).to(dtype)
+            for _ in range(view.count)
+        ]
+        for name, view in chosen.views.items()
+    }
+    labels = {kind: torch.randint(-1, CLASSES[kind], (IMAGES,), generator=draw) for kind in chosen.data.labels}
+    local = IMAGES // process.world
+    first, size = process.rank * local, local // chosen.train.micro_batches
+    micro = [
+        {name: [one[start : start + size] for one in views] for name, views in everything.items()}
+        for start in range(first, first + local, size)
+    ]
+    samples = torch.randperm(IMAGES, generator=draw)
+    return Batch(step=step, seed=0, size=IMAGES, first=first, micro=micro, labels=labels, samples=samples)
+
+
+def trainer(chosen: Recipe, process: Process, dtype: torch.dtype) -> Trainer:
+    """Fresh, and shown all training images if it asks for them."""
+    kinds = chosen.data.labels
+    data = TrainingSet(
+        samples=IMAGES,
+        classes={kind: tuple(map(str, range(CLASSES[kind]))) for kind in kinds},
+        counts={kind: tuple(range(2, 2 + CLASSES[kind])) for kind in kinds},
+    )
+    method = build_method(chosen, data).to(dtype)
+    if process.world > 1:
+        method = use_global_batchnorm(method)  # type: ignore[assignment]
+    made = Trainer(method, chosen, process, total=10, steps_per_epoch=3.0)
+    if method.wants_survey(made.progress(0)):
+        draw = torch.Generator().manual_seed(17)
+        width = method.embed(torch.zeros(2, 1, 32, 32, dtype=dtype)).shape[1]
+        labels = {kind: torch.randint(-1, CLASSES[kind], (IMAGES,), generator=draw) for kind in kinds}
+        method.survey(torch.randn(IMAGES, width, generator=draw).to(dtype), labels)
+    return made
+
+
+def gradients(
+    process: Process, method: str, backbone: str, *, micro_batches: int = 1, steps: int = STEPS
+) -> dict[str, Tensor]:
+    """The gradient of every parameter after some steps, the loss, and every buffer."""
+    chosen = recipe(method, backbone, micro_batches)
+    one = trainer(chosen, process, torch.float64)
+    for step in range(steps):
+        one.step(batch(chosen, step, process, torch.float64))
+    one.optimizer.zero_grad(set_to_none=True)
+    last = batch(chosen, steps, process, torch.float64)
+    loss, outputs = one.backward(last, one.progress(steps))
+    found = {name: value.grad for name, value in one.method.named_parameters() if value.grad is not None}
+    one.method.after_update(outputs, last, one.progress(steps))
+    buffers = {f"buffer {name}": value for name, value in one.method.named_buffers()}
+    return found | buffers | {"loss": mean_over_ranks(loss)}
+
+
+def compare(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """Ratio of the gradients' norms, their cosine, and the largest difference of a buffer and of the loss."""
+    assert found.keys() == expected.keys()
+    names = [name for name in found if not name.startswith("buffer ") and name != "loss"]
+    a, b = (torch.cat([grads[name].flatten() for name in names]) for grads in (found, expected))
+    rest = [(found[name].double() - expected[name].double()).abs().max().item() for name in found if name not in names]
+    return {
+        "ratio": (a.norm() / b.norm()).item(),
+        "cosine": (a @ b / a.norm() / b.norm()).item(),
+        "buffers": max(rest),
+    }
+
+
+def resumed_to_the_bit(method: str, backbone: str) -> bool:
+    """Whether three steps, a file and three more are six steps."""
+    chosen = recipe(method, backbone)
+    whole = trainer(chosen, ALONE, torch.float32)
+    file = io.BytesIO()
+    for step in range(2 * STEPS):
+        if step == STEPS:
+            torch.save(whole.state_dict(), file)
+        expected = whole.step(batch(chosen, step, ALONE, torch.float32)).loss
+    other = trainer(chosen.model_copy(update={"seed": 1}), ALONE, torch.float32)
+    file.seek(0)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    for step in range(STEPS, 2 * STEPS):
+        loss = other.step(batch(chosen, step, ALONE, torch.float32)).loss
+    return torch.equal(loss, expected) and _bits(other.state_dict()) == _bits(whole.state_dict())
+
+
+def _bits(state: Any) -> Any:
+    if isinstance(state, Tensor):
+        return state.dtype, tuple(state.shape), state.numpy().tobytes()
+    if isinstance(state, dict):
+        return {key: _bits(value) for key, value in state.items()}
+    return [_bits(value) for value in state] if isinstance(state, list | tuple) else state
+
+
+def on_ranks(methods: list[str], backbones: list[str], world: int) -> list[dict[str, dict[str, Tensor]]]:
+    """What each rank found, for every `method backbone`; real processes on loopback."""
+    with socket.socket() as probe, tempfile.TemporaryDirectory() as folder:
+        probe.bind(("127.0.0.1", 0))
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "OMP_NUM_THREADS": "1"}
+        common |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+        probe.close()
+        command = [sys.executable, __file__, "--rank-into", folder, "--methods", *methods, "--backbones", *backbones]
+        ranks = [
+            subprocess.Popen(
+                command,
+                env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                start_new_session=True,
+            )
+            for rank in range(world)
+        ]
+        try:
+            codes = [rank.wait(timeout=600) for rank in ranks]
+            if any(codes):
+                raise RuntimeError(f"the ranks ended with {codes}")
+        finally:
+            for rank in ranks:
+                if rank.poll() is None:
+                    os.killpg(rank.pid, signal.SIGKILL)
+                rank.wait()
+        return [torch.load(Path(folder) / f"rank{rank}.pt") for rank in range(world)]
+
+
+def table(methods: list[str], backbones: list[str], worlds: list[int]) -> list[dict[str, Any]]:
+    """A row for each method and backbone."""
+    found = {world: on_ranks(methods, backbones, world) for world in worlds}
+    rows = []
+    for method in methods:
+        for backbone in backbones:
+            single = gradients(ALONE, method, backbone)
+            row: dict[str, Any] = {"method": method, "backbone": backbone}
+            for world, ranks in found.items():
+                compared = [compare(rank[f"{method} {backbone}"], single) for rank in ranks]
+                row[f"ranks {world}"] = {
+                    "ratio": max((one["ratio"] for one in compared), key=lambda value: abs(value - 1)),
+                    "cosine": min(one["cosine"] for one in compared),
+                    "buffers": max(one["buffers"] for one in compared),
+                }
+            row["resumes"] = resumed_to_the_bit(method, backbone)
+            rows.append(row)
+            print(json.dumps(row), file=sys.stderr)
+    return rows
+
+
+def markdown(rows: list[dict[str, Any]], worlds: list[int], about: str) -> str:
+    head = "| method | backbone |" + "".join(f" {n} ranks: 1 - ratio | 1 - cosine | buffers |" for n in worlds)
+    lines = [f"{head} resumes to the bit |", "| --- |" * 1 + " --- |" * (2 + 3 * len(worlds))]
+    for row in rows:
+        cells = [f"`{row['method']}`", row["backbone"]]
+        for world in worlds:
+            found = row[f"ranks {world}"]
+            cells += [f"{1 - found['ratio']:.0e}", f"{1 - found['cosine']:.0e}", f"{found['buffers']:.0e}"]
+        lines.append("| " + " | ".join([*cells, "yes" if row["resumes"] else "NO"]) + " |")
+    return f"# Exactness\n\n{about}\n\n" + "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", default=sorted(METHODS), choices=sorted(METHODS))
+    parser.add_argument("--backbones", nargs="+", default=["resnet", "vit"])
+    parser.add_argument("--worlds", nargs="+", type=int, default=[1, 2, 4])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--rank-into", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.rank_into:
+        torch.set_num_threads(1)
+        with joined("cpu") as process:
+            results = {
+                f"{method} {backbone}": gradients(process, method, backbone)
+                for method in given.methods
+                for backbone in given.backbones
+            }
+            torch.save(results, given.rank_into / f"rank{process.rank}.pt")
+        return
+    rows = table(given.methods, given.backbones, given.worlds)
+    machine = f"{platform.processor() or platform.machine()}, torch {torch.__version__}, gloo, float64"
+    about = f"`python benchmarks/exactness.py`, {machine}; {IMAGES} images a global batch, {STEPS} steps before."
+    text = markdown(rows, given.worlds, about)
+    print(text)
+    if given.out:
+        given.out.mkdir(parents=True, exist_ok=True)
+        (given.out / "exactness.md").write_text(text)
+        (given.out / "exactness.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+    bad = [
+        row
+        for row in rows
+        if not row["resumes"]
+        or any(abs(1 - row[f"ranks {world}"][key]) > 1e-5 for world in given.worlds for key in ("ratio", "cosine"))
+    ]
+    if bad:
+        sys.exit(f"not exact: {', '.join(row['method'] + ' ' + row['backbone'] for row in bad)}")
+
+
+if __name__ == "__main__":
+    main()
