@@ -1,0 +1,171 @@
+"""Does every method learn something from real images? Short runs on CPU, kNN before and after.
+
+    medpretrain prep images DATA/mednist shards/mednist --labels mednist --split train=0.8,val=0.1,test=0.1 \\
+        --patient-pattern '(.*)'
+    medpretrain prep images DATA/breastmnist/breastmnist.npz shards/breastmnist --labels breastmnist
+    python benchmarks/learn.py shards/mednist shards/breastmnist [--seeds 3] [--jobs 2] [--out benchmarks/results]
+
+Each method's shipped recipe, made small: ResNet-18, 32 pixels, 64 images a batch, AdamW, the same number of steps for
+all. The binary methods see BreastMNIST and are judged by AUROC, the others MedNIST by accuracy; the test split, 20
+neighbours. The margin is over the same backbone with the same seed, untrained. One that does not reach it ends the
+command with 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from medpretrain.methods import METHODS
+
+MARGIN = {"mednist": ("accuracy", 0.05), "breastmnist": ("auroc", 0.05)}
+BINARY = ("supervised_minority", "supervised_prototypes")
+RECIPES = {
+    "amimv": "amimv_medmnist",
+    "dino": "dino_retina_weak_small",
+}
+COMMON = [
+    "data.channels=1",
+    "backbone={name: resnet18}",
+    "optim={name: adamw, lr: 1.0e-3, weight_decay: 1.0e-4, warmup: 0.1}",
+    "train={steps: 200, global_batch: 64, checkpoint_every: 1000, log_every: 20, threads: 1}",
+    "data.threads=1",
+    "device=cpu",
+    "tracking.uri=none",
+]
+SMALL: dict[str, list[str]] = {
+    "amimv": ["views.normalised.size=32", "views.augmented.size=32", "method.momentum=0.99"],
+    "dino": ["views.global.size=32", "views.local.size=24", "method.prototypes=512", "method.teacher_momentum=0.98"],
+    "modan_mulsupcon": ["data.labels=[modality, anatomy]", "views.crop.size=32"],
+    "simclr": ["views.crop.size=32", "method.projector=[512, 128]"],
+    "supcon": ["data.labels=[class]", "views.crop.size=32", "method.projector=[512, 128]"],
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    method: str
+    seed: int
+    dataset: str
+    shards: Path
+    folder: Path
+
+    @property
+    def recipe(self) -> str:
+        return RECIPES.get(self.method, self.method)
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Train and evaluate in a process of its own; a row of the table."""
+    folder = job.folder / f"{job.method}-{job.seed}"
+    found = folder / "knn.json"
+    if not found.is_file():  # so that a table that was stopped goes on
+        started = time.perf_counter()
+        overrides = [f"data.path={job.shards}", f"run.dir={folder / 'run'}", f"seed={job.seed}"]
+        train = ["train", job.recipe, *COMMON, *SMALL[job.method], *overrides]
+        _medpretrain(*train, log=folder / "train.log")
+        seconds = time.perf_counter() - started
+        (folder / "seconds").write_text(str(seconds))
+        knn = ["evaluate", "knn", str(folder / "run"), str(job.shards), "--baseline", "random", "--k", "20"]
+        _medpretrain(*knn, "--device", "cpu", "--out", str(found), log=folder / "knn.log")
+    results = json.loads(found.read_text())
+    metric, margin = MARGIN[job.dataset]
+    rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "method": job.method,
+        "seed": job.seed,
+        "dataset": job.dataset,
+        "metric": metric,
+        "margin": margin,
+        "random": results["random"][metric],
+        "trained": results["trained"][metric],
+        "loss": [rows[0]["loss"], rows[-1]["loss"]],
+        "seconds": float((folder / "seconds").read_text()),
+    }
+
+
+def _medpretrain(*arguments: str, log: Path) -> None:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as out:
+        command = [sys.executable, "-m", "medpretrain", *arguments]
+        done = subprocess.run(command, stdout=out, stderr=out, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(arguments[:2])} ended with {done.returncode}; see {log}")
+
+
+def markdown(rows: list[dict[str, Any]], about: str) -> str:
+    lines = [
+        "| method | images | metric | untrained | trained | least gain | seeds | loss, first and last | minutes a run |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for method in dict.fromkeys(row["method"] for row in rows):
+        mine = [row for row in rows if row["method"] == method]
+        gains = [row["trained"] - row["random"] for row in mine]
+        before, after = (_spread([row[kind] for row in mine]) for kind in ("random", "trained"))
+        first, last = (statistics.mean(row["loss"][end] for row in mine) for end in (0, 1))
+        minutes = statistics.median(row["seconds"] for row in mine) / 60
+        lines.append(
+            f"| `{method}` | {mine[0]['dataset']} | {mine[0]['metric']} | {before} | {after} | {min(gains):+.3f} | "
+            f"{len(mine)} | {first:.3g}, {last:.3g} | {minutes:.1f} |"
+        )
+    return f"# Every method learns\n\n{about}\n\n" + "\n".join(lines) + "\n"
+
+
+def _spread(values: list[float]) -> str:
+    return f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("mednist", type=Path)
+    parser.add_argument("breastmnist", type=Path)
+    parser.add_argument("--methods", nargs="+", default=sorted(METHODS), choices=sorted(METHODS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--runs", type=Path, default=Path("runs/learn"), help="kept, so that a stopped table goes on")
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    shards = {"mednist": given.mednist, "breastmnist": given.breastmnist}
+    dataset = {method: "breastmnist" if method in BINARY else "mednist" for method in given.methods}
+    jobs = [
+        Job(method, seed, dataset[method], shards[dataset[method]], given.runs)
+        for seed in range(given.seeds)
+        for method in given.methods
+    ]
+    rows = []
+    with ThreadPoolExecutor(given.jobs) as pool:
+        for row in pool.map(run, jobs):
+            print(json.dumps(row), file=sys.stderr, flush=True)
+            rows.append(row)
+    rows.sort(key=lambda row: (row["method"], row["seed"]))
+    margins = " and ".join(f"{margin} in {metric} on {name}" for name, (metric, margin) in MARGIN.items())
+    import torch
+
+    about = (
+        f"`python benchmarks/learn.py`: {len(os.sched_getaffinity(0))} cores {platform.machine()}, {given.jobs} runs at "
+        f"a time on one thread each, torch {torch.__version__}. kNN (k 20) on the test split, before and after; asked "
+        f"for is a gain of {margins} in every seed."
+    )
+    text = markdown(rows, about)
+    print(text)
+    if given.out:
+        given.out.mkdir(parents=True, exist_ok=True)
+        (given.out / "learn.md").write_text(text)
+        (given.out / "learn.json").write_text(json.dumps(rows, indent=1) + "\n")
+    short = sorted({row["method"] for row in rows if row["trained"] - row["random"] < row["margin"]})
+    if short:
+        sys.exit(f"short of the margin: {', '.join(short)}")
+
+
+if __name__ == "__main__":
+    main()
