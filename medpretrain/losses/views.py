@@ -44,15 +44,15 @@ class ViewPairs:
         """M, of the global batch."""
         return self.keys_VMD.shape[1]
 
-    @property
+    @cached_property
     def anchors_AD(self) -> Tensor:
         """(V * N, D)."""
         return self.z_VND.flatten(0, 1)
 
-    @property
+    @cached_property
     def keys_KD(self) -> Tensor:
-        """(V * M, D)."""
-        return self.keys_VMD.flatten(0, 1)
+        """(V * M, D); the anchors themselves where a process has the whole batch."""
+        return self.anchors_AD if self.keys_VMD is self.z_VND else self.keys_VMD.flatten(0, 1)
 
     @cached_property
     def image_A(self) -> Tensor:
