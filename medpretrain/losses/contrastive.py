@@ -148,11 +148,11 @@ def _block(logits_RK: Tensor, pairs: Pairs, own_R1: Tensor | None) -> tuple[Tens
         logits_RK.add_(pairs.log_share)
     if own_R1 is not None:
         logits_RK.scatter_(1, own_R1, -torch.inf)
-    # logsumexp by hand: its exponentials are the gradient's too. An empty denominator counts as 1 and repels nothing.
+    # logsumexp by hand: its exponentials are the gradient's too. The highest is 1, so a sum below it is that of an
+    # empty denominator, which counts as 1 and repels nothing.
     highest_R1 = logits_RK.amax(dim=1, keepdim=True)
     highest_R1.masked_fill_(highest_R1 == -torch.inf, 0)
-    sum_R1 = logits_RK.sub_(highest_R1).exp_().sum(dim=1, keepdim=True)
-    sum_R1.masked_fill_(sum_R1 == 0, 1)
+    sum_R1 = logits_RK.sub_(highest_R1).exp_().sum(dim=1, keepdim=True).clamp_(min=1)
     loss = (total_R1 * (sum_R1.log() + highest_R1)).sum() - attraction
     gradient = logits_RK.mul_(total_R1 / sum_R1)
     if pairs.key is None:

@@ -212,6 +212,19 @@ def test_under_autocast_rounded_embeddings_are_contrasted_in_float32():
     torch.testing.assert_close(grad, exact.grad.bfloat16(), rtol=1e-2, atol=1e-7)
 
 
+def test_a_rule_computes_in_float32_under_autocast_too():
+    seen = []
+
+    def rule(rows):
+        weight = torch.ones(3, 2)[rows] @ torch.ones(2, 4)
+        seen.append(weight.dtype)
+        return Pairs(weight)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        contrastive_loss(torch.randn(3, 5), torch.randn(4, 5), rule, temperature=0.2)
+    assert seen == [torch.float32]
+
+
 def test_the_upstream_gradient_scales_all_gradients():
     torch.manual_seed(11)
     z = double(2, 5, 3)
