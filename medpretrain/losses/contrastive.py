@@ -72,10 +72,11 @@ def contrastive_loss(
         raise ValueError(f"the temperature must be positive, not {temperature}")
     parts = [keys] if isinstance(keys, Tensor) else list(keys)
     with torch.autocast(anchors_AD.device.type, enabled=False):
+        units_AD = unit(anchors_AD)
+        units = [units_AD if part is anchors_AD else unit(part) for part in parts]
         # The temperature divides the anchors: A x D divisions instead of A x K.
         scale = temperature[:, None] if isinstance(temperature, Tensor) else temperature
-        anchors = unit(anchors_AD) / scale
-        loss: Tensor = _Contrast.apply(rule, own_A, logits_AC, anchors, *(unit(part) for part in parts))
+        loss: Tensor = _Contrast.apply(rule, own_A, logits_AC, units_AD / scale, *units)
     return loss
 
 
@@ -103,21 +104,25 @@ class _Contrast(torch.autograd.Function):
         grad_parts = [torch.zeros_like(p) if need else None for p, need in zip(parts, needed[4:], strict=True)]
         grad_logits = torch.empty_like(logits_AC) if logits_AC is not None and needed[2] else None
         total = anchors_AD.new_zeros(())
-        for rows in _blocks(anchors_n, keys_n + extra):
-            anchors = anchors_AD[rows]
-            logits = anchors @ keys.T
+        # All blocks share one piece of memory: fresh pages cost a CPU as much as the arithmetic on them.
+        size = max(1, min(anchors_n, _BLOCK_ELEMENTS // max(1, keys_n + extra)))
+        memory = anchors_AD.new_empty(size, keys_n + extra)
+        for first in range(0, anchors_n, size):
+            rows = slice(first, min(first + size, anchors_n))
+            anchors, logits = anchors_AD[rows], memory[: rows.stop - first]
+            torch.mm(anchors, keys.T, out=logits[:, :keys_n])
             if logits_AC is not None:
-                logits = torch.cat([logits, logits_AC[rows].to(logits.dtype)], dim=1)
+                logits[:, keys_n:] = logits_AC[rows]
             own = None if own_A is None else own_A[rows, None]
-            part_of_loss, gradient = _block(logits, rule(rows), own, any(needed))
-            total += part_of_loss
+            loss, gradient = _block(logits, rule(rows), own)
+            total += loss
             if grad_anchors is not None:
                 torch.mm(gradient[:, :keys_n], keys, out=grad_anchors[rows])
             for grad, span in zip(grad_parts, spans, strict=True):
                 if grad is not None:
                     grad.addmm_(gradient[:, span].T, anchors)
             if grad_logits is not None:
-                grad_logits[rows] = gradient[:, keys_n:].to(grad_logits.dtype)
+                grad_logits[rows] = gradient[:, keys_n:]
         grads = (grad_logits, grad_anchors, *grad_parts)
         ctx.kept = [grad is not None for grad in grads]
         ctx.anchors = anchors_n
@@ -131,7 +136,7 @@ class _Contrast(torch.autograd.Function):
         return (None, None, *(next(saved) * scale if kept else None for kept in ctx.kept))
 
 
-def _block(logits_RK: Tensor, pairs: Pairs, own_R1: Tensor | None, with_gradient: bool) -> tuple[Tensor, Tensor]:
+def _block(logits_RK: Tensor, pairs: Pairs, own_R1: Tensor | None) -> tuple[Tensor, Tensor]:
     """The sum of the anchors' losses, and its gradient to the logits in the memory of the logits."""
     weight = pairs.weight.to(logits_RK.dtype)
     if own_R1 is not None:
@@ -140,27 +145,22 @@ def _block(logits_RK: Tensor, pairs: Pairs, own_R1: Tensor | None, with_gradient
     attraction = (weight * chosen).sum()
     total_R1 = weight.sum(dim=1, keepdim=True)
     if pairs.log_share is not None:
-        logits_RK = logits_RK + pairs.log_share
+        logits_RK.add_(pairs.log_share)
     if own_R1 is not None:
         logits_RK.scatter_(1, own_R1, -torch.inf)
-    log_sum_R1 = torch.logsumexp(logits_RK, dim=1, keepdim=True)
-    # An empty denominator: nothing repels, and exp(-inf - 0) is 0.
-    log_sum_R1 = log_sum_R1.masked_fill(log_sum_R1 == -torch.inf, 0)
-    loss = (total_R1 * log_sum_R1).sum() - attraction
-    if not with_gradient:
-        return loss, logits_RK
-    gradient = logits_RK.sub_(log_sum_R1).exp_().mul_(total_R1)
+    # logsumexp by hand: its exponentials are the gradient's too. The highest is 1, so a sum below it is that of an
+    # empty denominator, which counts as 1 and repels nothing.
+    highest_R1 = logits_RK.amax(dim=1, keepdim=True)
+    highest_R1.masked_fill_(highest_R1 == -torch.inf, 0)
+    sum_R1 = logits_RK.sub_(highest_R1).exp_().sum(dim=1, keepdim=True).clamp_(min=1)
+    loss = (total_R1 * (sum_R1.log() + highest_R1)).sum() - attraction
+    gradient = logits_RK.mul_(total_R1 / sum_R1)
     if pairs.key is None:
         gradient.sub_(weight)
     else:
         row = torch.arange(len(gradient), device=gradient.device)[:, None].expand_as(pairs.key)
         gradient.index_put_((row, pairs.key), -weight, accumulate=True)
     return loss, gradient
-
-
-def _blocks(anchors: int, keys: int) -> list[slice]:
-    rows = max(1, min(anchors, _BLOCK_ELEMENTS // max(1, keys)))
-    return [slice(first, min(first + rows, anchors)) for first in range(0, anchors, rows)]
 
 
 def _spans(lengths: Sequence[int]) -> list[slice]:

@@ -23,10 +23,10 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (grad,) = grads
-        # Every rank's loss reaches every row: the gradients are summed before each rank takes its own rows.
-        total = grad.contiguous()
-        dist.all_reduce(total)
-        return total.chunk(dist.get_world_size())[dist.get_rank()]
+        # Every rank's loss reaches every row; each rank needs the sum for its own rows alone.
+        own = grad.new_empty(len(grad) // dist.get_world_size(), *grad.shape[1:])
+        dist.reduce_scatter_tensor(own, grad.contiguous())
+        return own
 
 
 def gather(x: Tensor) -> Tensor:

@@ -44,21 +44,26 @@ class ViewPairs:
         """M, of the global batch."""
         return self.keys_VMD.shape[1]
 
-    @property
+    @cached_property
     def anchors_AD(self) -> Tensor:
         """(V * N, D)."""
         return self.z_VND.flatten(0, 1)
 
-    @property
+    @cached_property
     def keys_KD(self) -> Tensor:
-        """(V * M, D)."""
-        return self.keys_VMD.flatten(0, 1)
+        """(V * M, D); the anchors themselves where a process has the whole batch."""
+        return self.anchors_AD if self.keys_VMD is self.z_VND else self.keys_VMD.flatten(0, 1)
+
+    @cached_property
+    def own_A(self) -> Tensor:
+        """Where each anchor stands among the keys."""
+        places_VM = torch.arange(self.views * self.images, device=self.z_VND.device).view(self.views, self.images)
+        return places_VM[:, self.first : self.first + self.z_VND.shape[1]].flatten()
 
     @cached_property
     def image_A(self) -> Tensor:
         """Which image of the global batch each anchor shows."""
-        here = torch.arange(self.first, self.first + self.z_VND.shape[1], device=self.z_VND.device)
-        return here.repeat(self.views)
+        return self.own_A % self.images
 
     @cached_property
     def image_K(self) -> Tensor:
@@ -66,14 +71,7 @@ class ViewPairs:
         return torch.arange(self.images, device=self.z_VND.device).repeat(self.views)
 
     @cached_property
-    def own_A(self) -> Tensor:
-        """Where each anchor stands among the keys."""
-        view = torch.arange(self.views, device=self.z_VND.device).repeat_interleave(self.z_VND.shape[1])
-        return view * self.images + self.image_A
-
-    @cached_property
     def other_views_AP(self) -> Tensor:
         """The keys that show the same image in the V - 1 other views, (V * N, V - 1)."""
-        view = self.own_A[:, None] // self.images
-        turn = torch.arange(1, self.views, device=self.z_VND.device)
-        return (view + turn) % self.views * self.images + self.image_A[:, None]
+        turns = torch.arange(1, self.views, device=self.z_VND.device)
+        return (self.own_A[:, None] + turns * self.images) % (self.views * self.images)
