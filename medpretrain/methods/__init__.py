@@ -12,10 +12,13 @@ if TYPE_CHECKING:
 
 METHODS = {
     "amimv": "medpretrain.methods.amimv:Amimv",
+    "barlow_twins": "medpretrain.methods.barlow_twins:BarlowTwins",
+    "byol": "medpretrain.methods.byol:Byol",
     "dino": "medpretrain.methods.dino:Dino",
     "modan_mulsupcon": "medpretrain.methods.modan_mulsupcon:ModAnMulSupCon",
     "simclr": "medpretrain.methods.simclr:SimClr",
     "supcon": "medpretrain.methods.supcon:SupCon",
+    "vicreg": "medpretrain.methods.vicreg:VicReg",
 }
 
 
