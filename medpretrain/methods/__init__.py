@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 METHODS = {
     "amimv": "medpretrain.methods.amimv:Amimv",
     "dino": "medpretrain.methods.dino:Dino",
+    "moco_v3": "medpretrain.methods.moco_v3:MocoV3",
     "modan_mulsupcon": "medpretrain.methods.modan_mulsupcon:ModAnMulSupCon",
+    "nnclr": "medpretrain.methods.nnclr:Nnclr",
+    "ressl": "medpretrain.methods.ressl:ReSsl",
     "simclr": "medpretrain.methods.simclr:SimClr",
     "supcon": "medpretrain.methods.supcon:SupCon",
 }
