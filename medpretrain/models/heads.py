@@ -9,8 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def projection_mlp(inputs: int, widths: Sequence[int]) -> nn.Sequential:
+def projection_mlp(inputs: int, widths: Sequence[int], *, final_norm: bool = False) -> nn.Sequential:
     """Linear layers of these widths, with BatchNorm and ReLU between them; the last one is bare.
+
+    Args:
+        final_norm: a BatchNorm without affine follows the last layer, which then needs no bias.
 
     >>> [tuple(p.shape) for p in projection_mlp(8, [6, 4]).parameters()]
     [(6, 8), (6,), (6,), (4, 6), (4,)]
@@ -19,7 +22,10 @@ def projection_mlp(inputs: int, widths: Sequence[int]) -> nn.Sequential:
     for width in widths[:-1]:
         layers += [nn.Linear(inputs, width, bias=False), nn.BatchNorm1d(width), nn.ReLU(inplace=True)]
         inputs = width
-    return nn.Sequential(*layers, nn.Linear(inputs, widths[-1]))
+    layers.append(nn.Linear(inputs, widths[-1], bias=not final_norm))
+    if final_norm:
+        layers.append(nn.BatchNorm1d(widths[-1], affine=False))
+    return nn.Sequential(*layers)
 
 
 class DinoHead(nn.Module):

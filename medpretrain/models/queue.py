@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+_BLOCK_ELEMENTS = 1 << 22
+"""Similarities held at once in a search."""
+
 
 class Queue(nn.Module):
     """The last Q embeddings, first in, first out; the same on every rank, and in the state dict.
@@ -52,3 +55,17 @@ class Queue(nn.Module):
         self.labels[place] = -1 if labels_B is None else labels_B
         self.next += count
         self.next %= len(self)
+
+    @torch.no_grad()
+    def nearest(self, queries_AD: Tensor) -> Tensor:
+        """The embedding of highest cosine to each query, (A, D); of equal ones the first, and no A x Q tensor at once.
+
+        >>> queue = Queue(2, 2)
+        >>> queue.push(torch.eye(2))
+        >>> queue.nearest(torch.tensor([[0.1, 3.0]]))
+        tensor([[0., 1.]])
+        """
+        # A query's length changes no order.
+        blocks = queries_AD.to(self.embeddings.dtype).split(max(1, _BLOCK_ELEMENTS // len(self)))
+        place = torch.cat([(block @ self.embeddings.T).argmax(dim=1) for block in blocks])
+        return self.embeddings[place]
