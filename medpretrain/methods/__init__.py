@@ -16,6 +16,8 @@ METHODS = {
     "modan_mulsupcon": "medpretrain.methods.modan_mulsupcon:ModAnMulSupCon",
     "simclr": "medpretrain.methods.simclr:SimClr",
     "supcon": "medpretrain.methods.supcon:SupCon",
+    "supervised_minority": "medpretrain.methods.supervised_minority:SupervisedMinority",
+    "supervised_prototypes": "medpretrain.methods.supervised_prototypes:SupervisedPrototypes",
 }
 
 
