@@ -32,11 +32,12 @@ def sup_con(
     """
     pairs = ViewPairs.of(z_VND, keys_VMD, first)
     labels_K = labels_M.repeat(pairs.views)
+    dtype = at_least_float32(z_VND).dtype
 
     def same_class(rows: slice) -> Pairs:
         image = pairs.image_A[rows, None]
         positive = ((labels_M[image] == labels_K) & (labels_K >= 0)) | (image == pairs.image_K)
-        return Pairs(positive / (positive.sum(dim=1, keepdim=True) - 1))
+        return Pairs(positive.to(dtype) / (positive.sum(dim=1, keepdim=True) - 1))
 
     return contrastive_loss(pairs.anchors_AD, pairs.keys_KD, same_class, temperature=temperature, own_A=pairs.own_A)
 

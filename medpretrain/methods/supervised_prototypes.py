@@ -18,7 +18,7 @@ from medpretrain.methods.supervised_minority import minority_and_majority
 
 
 class SupervisedPrototypesOptions(LabelledOptions):
-    """The threshold is the paper's; temperature and widths are those of the authors' code, for the paper has neither."""
+    """The threshold is the paper's; temperature and widths are those of the authors' code: the paper has neither."""
 
     name: Literal["supervised_prototypes"] = "supervised_prototypes"
     threshold: Annotated[float, Ge(-1), Le(1)] = 0.5
