@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from medpretrain.losses.contrastive import Pairs, at_least_float32, contrastive_loss
+from medpretrain.losses.contrastive import Pairs, at_least_float32, contrastive_loss, unit
 from medpretrain.losses.views import ViewPairs
 
 
@@ -32,13 +32,111 @@ def sup_con(
     """
     pairs = ViewPairs.of(z_VND, keys_VMD, first)
     labels_K = labels_M.repeat(pairs.views)
+    dtype = at_least_float32(z_VND).dtype
 
     def same_class(rows: slice) -> Pairs:
         image = pairs.image_A[rows, None]
         positive = ((labels_M[image] == labels_K) & (labels_K >= 0)) | (image == pairs.image_K)
-        return Pairs(positive / (positive.sum(dim=1, keepdim=True) - 1))
+        return Pairs(positive.to(dtype) / (positive.sum(dim=1, keepdim=True) - 1))
 
     return contrastive_loss(pairs.anchors_AD, pairs.keys_KD, same_class, temperature=temperature, own_A=pairs.own_A)
+
+
+def supervised_minority(
+    z_VND: Tensor,
+    labels_M: Tensor,
+    *,
+    minority: int,
+    temperature: float,
+    keys_VMD: Tensor | None = None,
+    first: int = 0,
+) -> Tensor:
+    """Supervised Minority: SupCon for the anchors of one class, NT-Xent for all others, averaged over all anchors.
+
+    Equation 9 of Mildenberger et al. 2025. All other embeddings repel an anchor, whatever its class.
+
+    Args:
+        z_VND: embeddings of V views of N images, any scale.
+        labels_M: class ids of the global batch, -1 where unknown.
+        minority: the id of the class whose images attract each other.
+        temperature: T > 0.
+        keys_VMD: embeddings of the global batch when z_VND is only its images first .. first + N.
+
+    Raises:
+        ValueError: fewer than two views, or a temperature that is not positive.
+
+    >>> z, labels = torch.randn(2, 4, 8), torch.tensor([0, 0, 1, 1])
+    >>> hidden = torch.tensor([-1, -1, 1, 1])
+    >>> loss = supervised_minority(z, labels, minority=1, temperature=0.07)
+    >>> bool(loss == sup_con(z, hidden, temperature=0.07))
+    True
+    """
+    # To SupCon an image of unknown class is one to be told apart from all others: NT-Xent.
+    only_minority = labels_M.where(labels_M == minority, -1)
+    return sup_con(z_VND, only_minority, temperature=temperature, keys_VMD=keys_VMD, first=first)
+
+
+def supervised_prototypes(
+    z_VND: Tensor,
+    labels_M: Tensor,
+    prototypes_CD: Tensor,
+    *,
+    temperature: float,
+    threshold: float = 0.5,
+    keys_VMD: Tensor | None = None,
+    first: int = 0,
+) -> Tensor:
+    """Supervised Prototypes: NT-Xent, and a pull to the prototype of its class on each anchor that is far from it.
+
+    Equations 10 to 12 of Mildenberger et al. 2025, averaged over all anchors. Prototypes repel nothing: they stand in
+    no denominator. So the loss may be negative.
+
+    Args:
+        z_VND: embeddings of V views of N images, any scale.
+        labels_M: class ids of the global batch, -1 where unknown: such an image is pulled to no prototype.
+        prototypes_CD: one a class, any scale; no gradient reaches them. A row of zeros is no prototype.
+        temperature: T > 0.
+        threshold: the cosine with its prototype up to which an anchor is pulled, in [-1, 1]; the paper's 0.5.
+        keys_VMD: embeddings of the global batch when z_VND is only its images first .. first + N.
+
+    Raises:
+        ValueError: fewer than two views, a threshold outside [-1, 1], a temperature that is not positive.
+
+    >>> z, prototype = torch.ones(2, 2, 3), torch.ones(1, 3)
+    >>> far, near = (
+    ...     supervised_prototypes(z, torch.zeros(2, dtype=int), p, temperature=1.0) for p in (-prototype, prototype)
+    ... )
+    >>> round(near.item(), 4)  # log 3, NT-Xent's: all four views alike, and at their prototype
+    1.0986
+    >>> round((far - near).item(), 4)  # -log(exp(-1) / (3 exp(1)))
+    3.0986
+    """
+    if not -1 <= threshold <= 1:
+        raise ValueError(f"the threshold is a cosine in [-1, 1], not {threshold}")
+    pairs = ViewPairs.of(z_VND, keys_VMD, first)
+    anchors, others, count = pairs.anchors_AD.detach(), pairs.other_views_AP, len(pairs.keys_KD)
+    prototypes = unit(prototypes_CD.detach()).to(at_least_float32(z_VND).dtype)
+    placed = prototypes.any(dim=1)
+    log_share = prototypes.new_zeros(count + len(prototypes))
+    log_share[count:] = -torch.inf
+
+    def other_views_and_prototype(rows: slice) -> Pairs:
+        label = labels_M[pairs.image_A[rows]]
+        own = label.clamp(min=0)
+        cosine = (unit(anchors[rows]) * prototypes[own]).sum(dim=1)
+        pulled = (label >= 0) & placed[own] & (cosine <= threshold)
+        key = torch.cat([others[rows], count + own[:, None]], dim=1)
+        weight = torch.full(key.shape, 1 / others.shape[1], dtype=prototypes.dtype, device=key.device)
+        weight[:, -1] = pulled
+        return Pairs(weight, key, log_share)
+
+    return contrastive_loss(
+        pairs.anchors_AD,
+        [pairs.keys_KD, prototypes],
+        other_views_and_prototype,
+        temperature=temperature,
+        own_A=pairs.own_A,
+    )
 
 
 def mul_sup_con(

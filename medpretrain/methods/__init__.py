@@ -22,6 +22,8 @@ METHODS = {
     "simclr": "medpretrain.methods.simclr:SimClr",
     "supcon": "medpretrain.methods.supcon:SupCon",
     "vicreg": "medpretrain.methods.vicreg:VicReg",
+    "supervised_minority": "medpretrain.methods.supervised_minority:SupervisedMinority",
+    "supervised_prototypes": "medpretrain.methods.supervised_prototypes:SupervisedPrototypes",
 }
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -41,20 +43,18 @@ class Surveyor:
         parts: list[Tensor] = []
         images = len(stream)
         batches = stream.batches(0)
-        training = method.training
-        method.eval()
-        for layer in method.modules():
-            if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-                layer.train()
+        modes = {layer: layer.training for layer in method.modules()}
+        for layer in modes:
+            layer.training = isinstance(layer, nn.modules.batchnorm._BatchNorm)
         try:
             with statistics_kept(method):
-                while sum(map(len, parts)) < images:
-                    views = next(batches).micro
-                    device = views[0]["whole"][0].device
-                    with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-                        mine = [method.embed(part["whole"][0]) for part in views]
+                for batch in islice(batches, math.ceil(images / stream.global_batch)):
+                    views = [part["whole"][0] for part in batch.micro]
+                    with torch.autocast(views[0].device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+                        mine = [method.embed(view) for view in views]
                     parts.append(gather(torch.cat(mine).float()))
         finally:
             batches.close()
-            method.train(training)
+            for layer, was in modes.items():
+                layer.training = was
         return torch.cat(parts)[:images]
