@@ -13,9 +13,11 @@ if TYPE_CHECKING:
 METHODS = {
     "amimv": "medpretrain.methods.amimv:Amimv",
     "dino": "medpretrain.methods.dino:Dino",
+    "kcl": "medpretrain.methods.kcl:Kcl",
     "modan_mulsupcon": "medpretrain.methods.modan_mulsupcon:ModAnMulSupCon",
     "simclr": "medpretrain.methods.simclr:SimClr",
     "supcon": "medpretrain.methods.supcon:SupCon",
+    "tsc": "medpretrain.methods.tsc:Tsc",
 }
 
 
