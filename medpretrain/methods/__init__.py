@@ -16,6 +16,7 @@ METHODS = {
     "byol": "medpretrain.methods.byol:Byol",
     "dino": "medpretrain.methods.dino:Dino",
     "moco_v3": "medpretrain.methods.moco_v3:MocoV3",
+    "kcl": "medpretrain.methods.kcl:Kcl",
     "modan_mulsupcon": "medpretrain.methods.modan_mulsupcon:ModAnMulSupCon",
     "nnclr": "medpretrain.methods.nnclr:Nnclr",
     "ressl": "medpretrain.methods.ressl:ReSsl",
@@ -24,6 +25,7 @@ METHODS = {
     "vicreg": "medpretrain.methods.vicreg:VicReg",
     "supervised_minority": "medpretrain.methods.supervised_minority:SupervisedMinority",
     "supervised_prototypes": "medpretrain.methods.supervised_prototypes:SupervisedPrototypes",
+    "tsc": "medpretrain.methods.tsc:Tsc",
 }
 
 
