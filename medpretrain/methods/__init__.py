@@ -12,8 +12,11 @@ if TYPE_CHECKING:
 
 METHODS = {
     "amimv": "medpretrain.methods.amimv:Amimv",
+    "bcl": "medpretrain.methods.bcl:Bcl",
     "dino": "medpretrain.methods.dino:Dino",
     "modan_mulsupcon": "medpretrain.methods.modan_mulsupcon:ModAnMulSupCon",
+    "paco": "medpretrain.methods.paco:Paco",
+    "sbc": "medpretrain.methods.sbc:Sbc",
     "simclr": "medpretrain.methods.simclr:SimClr",
     "supcon": "medpretrain.methods.supcon:SupCon",
 }
