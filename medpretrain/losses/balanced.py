@@ -46,7 +46,8 @@ def balanced_contrastive(
     class_M = torch.where(labels_M < 0, classes + images, labels_M)
     class_K = torch.cat([class_M.repeat(pairs.views), torch.arange(classes, device=labels_M.device)])
     dtype = at_least_float32(z_VND).dtype
-    counts = torch.bincount(class_K, minlength=classes + pairs.images).to(dtype)
+    ones_K = torch.ones_like(class_K, dtype=dtype)
+    counts = ones_K.new_zeros(classes + pairs.images).index_add_(0, class_K, ones_K)
     log_count_K, log_others_K = counts[class_K].log(), (counts[class_K] - 1).log()
 
     def same_class(rows: slice) -> Pairs:

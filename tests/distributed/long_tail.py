@@ -1,4 +1,4 @@
-"""One rank of the long-tail test: `python long_tail.py FOLDER` writes rankN.pt with what two steps of each method did."""
+"""One rank of the long-tail test: `python long_tail.py FOLDER` writes rankN.pt with what two steps came to."""
 
 from __future__ import annotations
 
