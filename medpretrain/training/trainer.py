@@ -107,7 +107,8 @@ class Trainer:
 
         With several micro-batches the loss still couples all their embeddings: they are computed without gradient
         first, the loss's gradient to each embedding is kept, and a second pass takes it to the parameters (gradient
-        caching, Gao et al. 2021). Only BatchNorm's statistics are a micro-batch's.
+        caching, Gao et al. 2021). Only BatchNorm's statistics are a micro-batch's. Parameters that the loss itself uses
+        have their gradient from the loss, and hand it in with the last pass.
         """
         if len(batch.micro) == 1:
             self._seed_layers(batch, 0)
@@ -123,6 +124,10 @@ class Trainer:
         outputs = {name: torch.cat([part[name] for part in parts]).requires_grad_() for name in parts[0]}
         loss = self.method.loss(outputs, batch, progress)
         loss.backward()
+        # A strategy averages over processes what reaches a parameter in the last pass, so it must all come then.
+        of_loss = [(value, value.grad) for value in self._parameters if value.grad is not None]
+        for value, _ in of_loss:
+            value.grad = None
         for turn, views in enumerate(batch.micro):
             last = turn == len(batch.micro) - 1
             with nullcontext() if last else self._strategy.unsynchronised():
@@ -131,6 +136,7 @@ class Trainer:
                 first = sum(len(part["features"]) for part in parts[:turn])
                 reached = [(value, _rows(outputs[name].grad, first, len(value))) for name, value in again.items()]
                 live = [(value, grad) for value, grad in reached if value.requires_grad and grad is not None]
+                live += of_loss if last else []
                 torch.autograd.backward([value for value, _ in live], [grad for _, grad in live])
         return loss.detach(), {name: value.detach() for name, value in outputs.items()}
 
