@@ -16,6 +16,7 @@ METHODS = {
     "modan_mulsupcon": "medpretrain.methods.modan_mulsupcon:ModAnMulSupCon",
     "simclr": "medpretrain.methods.simclr:SimClr",
     "supcon": "medpretrain.methods.supcon:SupCon",
+    "supervised": "medpretrain.methods.supervised:Supervised",
 }
 
 
