@@ -35,6 +35,14 @@ def _one_or_several(given: Any) -> Any:
     return tuple(given)
 
 
+class Balance(_Section):
+    label: str
+    """A label kind of the dataset; it need not be among `data.labels`. Images where it is unknown are left out."""
+    how: Literal["over", "under"]
+    """over: each class goes through epochs of its own, small ones more often; an epoch is as many images as the split
+    has. under: of each class as many images as the smallest has, always the same; an epoch is those images."""
+
+
 class Data(_Section):
     path: Annotated[tuple[str, ...], BeforeValidator(_one_or_several)] = ()
     """The folder that `medpretrain prep` wrote, or a list of such folders, trained on together."""
@@ -50,6 +58,9 @@ class Data(_Section):
     std: tuple[Positive, ...] | None = None
     block_shards: Annotated[int, Ge(0)] = 0
     """0 shuffles fully; G shuffles shards, then samples within blocks of G shards."""
+    balance: Balance | None = None
+    """Gives the classes of a label, of those with images, equal shares of every global batch. A method is told class
+    counts as they are then seen in an epoch; mean and std stay those of the split."""
     threads: Count | None = None
     """Decoding threads a process; by default its share of the cores."""
     trace: bool = False
@@ -59,6 +70,14 @@ class Data(_Section):
     def _a_weight_each(self) -> Data:
         if self.path and len(self.weights) not in (0, len(self.path)):
             raise ValueError(f"weights need one value for each of the {len(self.path)} datasets in data.path")
+        return self
+
+    @model_validator(mode="after")
+    def _balance_alone(self) -> Data:
+        if self.balance and self.weights:
+            raise ValueError("balance and weights both say what a global batch is made of; give one of them")
+        if self.balance and self.block_shards:
+            raise ValueError("balance takes images from all shards, and block_shards from few; give one of them")
         return self
 
     @model_validator(mode="after")

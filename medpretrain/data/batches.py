@@ -114,11 +114,12 @@ class Stream:
 
     @property
     def steps_per_epoch(self) -> float:
-        """An epoch is as many samples as the datasets hold together; with weights, however often each is seen in it."""
-        return len(self._rows) / self.global_batch
+        """An epoch is as many samples as the datasets hold together; with weights, however often each is seen in it.
+        Where classes are under-sampled, it is as many as are seen at all."""
+        return len(self) / self.global_batch
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return self.order.epoch_size
 
     @property
     def all_labels(self) -> dict[str, Tensor]:

@@ -70,6 +70,11 @@ def permute(index: NDArray[np.int64], size: NDArray[np.int64] | int, key: NDArra
 class SampleSequence(ABC):
     """An endless sequence of samples, each position of which is known without those before it."""
 
+    @property
+    @abstractmethod
+    def epoch_size(self) -> int:
+        """How many samples count as an epoch; where some are seen more often than others, not each of them once."""
+
     @abstractmethod
     def at(self, position: NDArray[np.int64]) -> Places:
         """The samples at any positions, (B,)."""
@@ -103,6 +108,10 @@ class Order(SampleSequence):
     def __post_init__(self) -> None:
         assert self.samples > 0
         assert self.block_shards == 0 or sum(self.shard_sizes) == self.samples
+
+    @property
+    def epoch_size(self) -> int:
+        return self.samples
 
     def at(self, position: NDArray[np.int64]) -> Places:
         epoch, index = np.divmod(position, self.samples)
@@ -163,6 +172,10 @@ class WeightedOrder(SampleSequence):
         assert sum(self.shares) == 1
         assert min(self.shares) * self.global_batch >= 1  # else the difference of two roundings may be negative
 
+    @property
+    def epoch_size(self) -> int:
+        return sum(map(sum, self.shard_sizes))
+
     def at(self, position: NDArray[np.int64]) -> Places:
         step, index = np.divmod(position, self.global_batch)
         index = permute(index, self.global_batch, hash64(self.seed, _MIXED, step))
@@ -174,6 +187,12 @@ class WeightedOrder(SampleSequence):
             which = np.searchsorted(edges, index[here], side="right") - 1
             dataset[here] = which
             own[here] = np.diff(before)[which] + index[here] - edges[which]
+        if self.block_shards == 0:  # as the loop below does, for all at once: there may be hundreds
+            sizes = np.array([order.samples for order in self._orders])
+            seeds = hash64(self.seed, _DATASET, np.arange(len(sizes)))
+            epoch, index = np.divmod(own, sizes[dataset])
+            place = permute(index, sizes[dataset], hash64(seeds[dataset], _ORDER, epoch))
+            return Places(epoch, (np.cumsum(sizes) - sizes)[dataset] + place)
         epoch, sample = np.empty_like(position), np.empty_like(position)
         first = 0
         for number, order in enumerate(self._orders):
@@ -205,6 +224,10 @@ class InOrder(SampleSequence):
     """All N samples in the order of their numbers, again and again."""
 
     samples: int
+
+    @property
+    def epoch_size(self) -> int:
+        return self.samples
 
     def at(self, position: NDArray[np.int64]) -> Places:
         return Places(*np.divmod(position, self.samples))

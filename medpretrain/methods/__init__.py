@@ -29,6 +29,7 @@ METHODS = {
     "supervised_minority": "medpretrain.methods.supervised_minority:SupervisedMinority",
     "supervised_prototypes": "medpretrain.methods.supervised_prototypes:SupervisedPrototypes",
     "tsc": "medpretrain.methods.tsc:Tsc",
+    "supervised": "medpretrain.methods.supervised:Supervised",
 }
 
 

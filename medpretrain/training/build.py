@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 from data_prep.errors import UserError
+from medpretrain.data.balance import BalancedOrder
 from medpretrain.data.mixture import Mixture
+from medpretrain.data.order import SampleSequence
 from medpretrain.methods import method_class
 from medpretrain.methods.base import Backbone, Method, TrainingSet
 from medpretrain.models.backbones import create_backbone
@@ -37,18 +39,26 @@ def build_backbone(recipe: Recipe) -> Backbone:
     return cast("Backbone", backbone)
 
 
-def training_set(recipe: Recipe, dataset: Mixture) -> TrainingSet:
+def training_set(recipe: Recipe, dataset: Mixture, order: SampleSequence) -> TrainingSet:
     """The images and labels a recipe trains on.
+
+    Counts of classes are those of the split. Where `order` balances the classes of a label they are those of the images
+    seen in an epoch, an image as often as it is: weights and priors by the split's counts would balance a second time.
+    They are rounded, and 1 at least where any image is seen.
 
     Raises:
         UserError: no dataset has one of the labels.
     """
     rows = dataset.rows(recipe.data.split)
+    times = order.times_N if isinstance(order, BalancedOrder) else np.ones(len(rows))
     classes = {kind: tuple(dataset.label_names(kind)) for kind in recipe.data.labels}
     counts = {}
     for kind, names in classes.items():
         ids = dataset.labels(kind)[rows]
-        counts[kind] = tuple(np.bincount(ids[ids >= 0], minlength=len(names)).tolist())
+        known = ids >= 0
+        seen = np.bincount(ids[known], weights=times[known], minlength=len(names))
+        # To six decimals first: sums of thirds must not part equal classes at a half.
+        counts[kind] = tuple(np.maximum(np.rint(seen.round(6)), seen > 0).astype(int).tolist())
     return TrainingSet(len(rows), classes, counts, recipe.seed)
 
 

@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 
 from data_prep.errors import UserError, WorkFailed
+from medpretrain.data.balance import balanced_order
 from medpretrain.data.batches import Share, Stream
 from medpretrain.data.mixture import Mixture
 from medpretrain.data.order import InOrder, SampleSequence
@@ -76,7 +77,7 @@ def train(recipe: Recipe, resume: Resume = "auto") -> Finished:
         stream = build_stream(recipe, dataset, process)
         total = recipe.train.steps or math.ceil((recipe.train.epochs or 0) * stream.steps_per_epoch)
         about = CheckpointInfo(dump_recipe(recipe), recipe.sha256, dataset.sha256, process.world)
-        data = training_set(recipe, dataset)
+        data = training_set(recipe, dataset, stream.order)
         facts = DatasetFacts(bit_depth=dataset.bit_depth, splits=dataset.splits, training=dataclasses.asdict(data))
         method = build_method(recipe, data).to(process.device)
         refuse_batchnorm_of_one(method, recipe, process.world)
@@ -113,7 +114,10 @@ def train(recipe: Recipe, resume: Resume = "auto") -> Finished:
 
 
 def with_normalisation(recipe: Recipe, dataset: Mixture) -> Recipe:
-    """The recipe with the data's own mean and std where it names none, so that they travel with the weights."""
+    """The recipe with the data's own mean and std where it names none, so that they travel with the weights.
+
+    They are the split's, also where data.balance shows its images in other proportions: none are measured by class.
+    """
     if recipe.data.mean is not None:
         return recipe
     mean, std = dataset.normalisation(recipe.data.split, recipe.data.channels)
@@ -132,6 +136,15 @@ def build_stream(recipe: Recipe, dataset: Mixture, process: Process, order: Samp
     data = recipe.data
     assert data.mean is not None
     assert data.std is not None
+    if order is None and data.balance is not None:
+        order = balanced_order(
+            dataset,
+            data.balance.label,
+            data.balance.how,
+            split=data.split,
+            seed=recipe.seed,
+            global_batch=recipe.train.global_batch,
+        )
     return Stream(
         dataset,
         recipe.views,
