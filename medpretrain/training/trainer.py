@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medpretrain.data.batches import Batch
@@ -147,13 +146,6 @@ class Trainer:
             clip_per_parameter_(self._parameters, self._optim.clip)
             return norm
         return torch.nn.utils.clip_grad_norm_(self._parameters, self._optim.clip or float("inf"))
-
-
-def feature_std(features_ND: Tensor) -> Tensor:
-    """Mean standard deviation of unit-length features over images, times sqrt(D): about 1 when spread out, 0 when
-    every image has the same feature."""
-    unit = F.normalize(features_ND.detach().float(), dim=1)
-    return unit.std(dim=0, correction=0).mean() * unit.shape[1] ** 0.5
 
 
 def mean_loss(loss: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""One step: schedules, clipping, the collapse alarm, and what a state dict holds."""
+"""One step: schedules, clipping, and what a state dict holds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from medpretrain.methods.base import TrainingSet
 from medpretrain.recipe import Recipe
 from medpretrain.training.build import build_method
 from medpretrain.training.process import Process
-from medpretrain.training.trainer import Trainer, feature_std
+from medpretrain.training.trainer import Trainer
 
 ALONE = Process(rank=0, world=1, local_rank=0, local_world=1, device=torch.device("cpu"))
 
@@ -116,12 +116,6 @@ def test_gradients_are_clipped_together_or_each(each):
     largest = norms.max() if each else norms.norm()
     assert largest.item() == pytest.approx(1e-3, rel=1e-2)
     assert (norms.norm() > 2e-3) == each
-
-
-def test_the_collapse_alarm_tells_spread_from_collapsed_features():
-    torch.manual_seed(0)
-    assert feature_std(torch.randn(512, 64)).item() == pytest.approx(1.0, abs=0.05)
-    assert feature_std(torch.ones(32, 64) * torch.rand(32, 1)).item() == pytest.approx(0.0, abs=1e-3)
 
 
 def test_a_trainer_goes_on_from_its_state_as_if_never_stopped():
