@@ -103,7 +103,11 @@ class Optim(_Section):
     name: Literal["sgd", "adamw", "lars"]
     lr: Positive
     lr_batch: Count | None = None
-    """If given, `lr` holds for this global batch and grows in proportion to it."""
+    """If given, `lr` and `plain_lr` hold for this global batch and grow in proportion to it."""
+    plain_lr: Positive | None = None
+    """Highest learning rate of biases and norms (Barlow Twins); by default `lr`. It follows the same curve."""
+    layer_decay: Annotated[float, Gt(0), Le(1)] | None = None
+    """Factor on the learning rate from each layer of the backbone to the one before it (BEiT, MAE); heads have 1."""
     momentum: Fraction = 0.9
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     weight_decay: NotNegative = 0.0

@@ -87,7 +87,7 @@ class Method(nn.Module, ABC):
     labels: ClassVar[LabelKinds] = "none"
     """How many label kinds it learns from: none, exactly one, or at least one."""
     collapse_causes: ClassVar[str] = "a lower optim.lr or a longer optim.warmup are the usual cures"
-    """What the display adds when the features become constant."""
+    """What the collapse alarm adds: the likely cure."""
 
     @abstractmethod
     def __init__(self, options: MethodOptions, backbone: Backbone, data: TrainingSet) -> None:

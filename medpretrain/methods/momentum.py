@@ -34,6 +34,7 @@ class MomentumEncoder(Method):
     view_kinds: ClassVar[Mapping[str, int]] = {"crop": 2}
     symmetric: ClassVar[bool] = True
     """Whether every view goes through both encoders; else the first is the query and the second the key."""
+    collapse_causes: ClassVar[str] = "a lower optim.lr or a method.momentum nearer to 1 are the usual cures"
     opt: MomentumOptions
 
     def _build(self, backbone: nn.Module, projector: nn.Module, predictor: nn.Module | None = None) -> None:

@@ -15,16 +15,14 @@ from rich.text import Text
 
 
 class Display:
-    """Shows the rows of a run: step, loss, images/s, share of time spent waiting for data, feature std, time left.
+    """Shows the rows of a run: step, loss, images/s, share of time waiting for data, feature std, RankMe, time left.
 
     On a terminal one block is redrawn in place, at most four times a second; elsewhere each row is one plain line. A
-    row needs `step`; `loss`, `images_per_s`, `data_wait` (share of the time, 0 to 1) and `feature_std` are shown if
-    they are there.
+    row needs `step`; `loss`, `images_per_s`, `data_wait` (share of the time, 0 to 1), `feature_std` and `rankme` are
+    shown if they are there.
 
     Args:
         total_steps: length of the run in steps.
-        collapse_below: a `feature_std` below this (or NaN) raises the alarm: the features have become constant. None:
-            no alarm.
         start_step: steps done before this start, for the time left of a resumed run.
         console: where to draw; None: standard error, so that standard output stays clean.
         clock: seconds, for the time left.
@@ -39,13 +37,11 @@ class Display:
         self,
         total_steps: int,
         *,
-        collapse_below: float | None = None,
         start_step: int = 0,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._total = total_steps
-        self._collapse_below = collapse_below
         self._console = console or Console(stderr=True)
         self._clock = clock
         self._first_step, self._first_time = start_step, clock()
@@ -63,10 +59,9 @@ class Display:
         if self._live is not None:
             self._live.stop()
 
-    def update(self, row: Mapping[str, Any]) -> None:
-        """Show a row."""
+    def update(self, row: Mapping[str, Any], alarm: str = "") -> None:
+        """Show a row, and an alarm that it raises."""
         facts = self._facts(row)
-        alarm = self._alarm(row)
         if self._live is None:
             line = f"step {row['step']}/{self._total}  " + "  ".join(facts) + (f"  {alarm}" if alarm else "")
             self._console.print(line.rstrip(), soft_wrap=True, markup=False, highlight=False, emoji=False)
@@ -87,6 +82,7 @@ class Display:
             ("images_per_s", "{:.0f} images/s"),
             ("data_wait", "data wait {:.1%}"),
             ("feature_std", "feature std {:.3g}"),
+            ("rankme", "RankMe {:.3g}"),
         ):
             if row.get(name) is not None:
                 facts.append(shown.format(row[name]).replace("%", " %"))
@@ -95,13 +91,6 @@ class Display:
         if done > 0 and elapsed > 0:
             facts.append(f"{_duration(elapsed / done * max(self._total - row['step'], 0))} left")
         return facts
-
-    def _alarm(self, row: Mapping[str, Any]) -> str:
-        std = row.get("feature_std")
-        # Written so that NaN raises the alarm.
-        if std is None or self._collapse_below is None or std >= self._collapse_below:
-            return ""
-        return f"COLLAPSE: feature std {std:.3g} (alarm below {self._collapse_below:.3g})"
 
 
 def _duration(seconds: float) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from data_prep.errors import UserError, WorkFailed
 from medpretrain.data.balance import balanced_order
@@ -22,26 +23,26 @@ from medpretrain.data.batches import Share, Stream
 from medpretrain.data.mixture import Mixture
 from medpretrain.data.order import InOrder, SampleSequence
 from medpretrain.data.views import View
+from medpretrain.methods import method_class
 from medpretrain.models.batchnorm import use_global_batchnorm
 from medpretrain.recipe import Recipe, flatten
 from medpretrain.recipe_file import dump_recipe, read_recipe
 from medpretrain.training import checkpoint
 from medpretrain.training.build import DatasetFacts, build_method, image_size, refuse_batchnorm_of_one, training_set
 from medpretrain.training.checkpoint import CheckpointInfo
+from medpretrain.training.collapse import CollapseAlarm, of_global_batch, representation
 from medpretrain.training.display import Display
-from medpretrain.training.metrics_log import MetricsLog
+from medpretrain.training.metrics_log import MetricsLog, read_metrics
 from medpretrain.training.process import Process, joined
 from medpretrain.training.survey import Surveyor
 from medpretrain.training.tracking import Tracker
-from medpretrain.training.trainer import Measured, Trainer, feature_std, mean_loss
+from medpretrain.training.trainer import Measured, Trainer, mean_loss
 
 _log = logging.getLogger(__name__)
 
 Resume = Literal["auto", "never"] | Path
 
 RECIPE_FILE, METRICS_FILE = "recipe.yaml", "metrics.jsonl"
-COLLAPSE = 0.05
-"""Feature std below which the display warns; untrained backbones have 0.5 to 0.9 on medical images."""
 
 
 class RunFailed(WorkFailed):
@@ -196,7 +197,8 @@ def _steps(
                         f"the loss is {loss} at step {step}; the checkpoints in {run} are from before it. A lower "
                         "optim.lr, a longer optim.warmup or optim.clip are the usual cures"
                     )
-                reporter.report(step, loss, measured, epoch=step / stream.steps_per_epoch)
+                features = of_global_batch(measured.features)
+                reporter.report(step, loss, measured, features, epoch=step / stream.steps_per_epoch)
             if last or step % every.checkpoint_every == 0:
                 committed = save(step)
                 if last:
@@ -275,14 +277,15 @@ class _Reporter:
         self._batch = recipe.train.global_batch
         self._step, self._time, self._waited = start, time.perf_counter(), 0.0
         self.log: MetricsLog | None = None
+        self.alarm: CollapseAlarm | None = None
         self.display: Display | None = None
 
     def waited(self, seconds: float) -> None:
         self._waited += seconds
 
-    def report(self, step: int, loss: float, measured: Measured, epoch: float) -> None:
+    def report(self, step: int, loss: float, measured: Measured, features_NVD: Tensor, epoch: float) -> None:
         now = time.perf_counter()
-        if self.log is not None and self.display is not None:
+        if self.log is not None and self.alarm is not None and self.display is not None:
             seconds = now - self._time
             row = {
                 "step": step,
@@ -290,12 +293,12 @@ class _Reporter:
                 "loss": loss,
                 "lr": measured.lr,
                 "grad_norm": measured.grad_norm.item(),
-                "feature_std": feature_std(measured.features[:, 0]).item(),
+                **representation(features_NVD),
                 "images_per_s": (step - self._step) * self._batch / seconds,
                 "data_wait": self._waited / seconds,
             }
             self.log.append(row)
-            self.display.update(row)
+            self.display.update(row, self.alarm.update(row))
         self._step, self._time, self._waited = step, now, 0.0
 
     def flush(self) -> None:
@@ -327,5 +330,8 @@ def _reporting(recipe: Recipe, about: CheckpointInfo, process: Process, total: i
             [run / RECIPE_FILE],
         )
         stack.push(lambda kind, *_: tracker.close(timeout_s=30.0, status="FAILED" if kind else "FINISHED"))
-        reporter.display = stack.enter_context(Display(total, start_step=start, collapse_below=COLLAPSE))
+        method = method_class(recipe.method["name"])
+        earlier = read_metrics(run / METRICS_FILE)
+        reporter.alarm = CollapseAlarm(method.collapse_causes, by_rank=method.labels == "none", earlier=earlier)
+        reporter.display = stack.enter_context(Display(total, start_step=start))
         yield reporter

@@ -1,12 +1,13 @@
-"""Optimizers with weight decay only where it belongs, LARS, and DINO's clip of each parameter's gradient."""
+"""Optimizers: weight decay only where it belongs, learning rates by layer, LARS, and DINO's clip of each gradient."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, overload
 
 import torch
+from timm.models import group_parameters
 from torch import Tensor, nn
 
 from data_prep.errors import UserError, nearest
@@ -22,54 +23,96 @@ def build_optimizer(
     momentum: float,
     weight_decay: float,
     betas: tuple[float, float],
+    plain_lr: float | None = None,
+    lr_scales: Mapping[nn.Parameter, float] | None = None,
 ) -> torch.optim.Optimizer:
-    """An optimizer over two groups: {"decay": True} with weight decay, {"decay": False} without.
+    """An optimizer over groups {"decay": True} with weight decay and {"decay": False} without.
 
-    Parameters with at most one dimension (norms, layer scales) and biases are not decayed. Frozen parameters are left
-    out, a shared one counts once, an empty group is dropped. Whoever schedules weight decay writes it to the groups
-    with `decay` alone.
+    Parameters with at most one dimension (norms, layer scales) and biases are plain: not decayed, and with a learning
+    rate of their own where `plain_lr` is given. Frozen parameters are left out, a shared one counts once, an empty
+    group is dropped. Whoever schedules weight decay writes it to the groups with `decay` alone, and whoever schedules
+    the learning rate writes its value times the group's `lr_scale`.
 
     Args:
         module_parameters: what `module.named_parameters()` gives.
         name: "sgd", "adamw" or "lars".
-        lr: learning rate, >= 0.
+        lr: learning rate, > 0.
         momentum: of sgd and lars; adamw does not read it.
-        weight_decay: of the decayed group; decoupled in adamw, added to the gradient in the other two.
+        weight_decay: of the decayed groups; decoupled in adamw, added to the gradient in the other two.
         betas: of adamw; the other two do not read it.
+        plain_lr: learning rate of the plain parameters, > 0; None: `lr`.
+        lr_scales: factors on the learning rate of single parameters, see `layer_lr_scales`; 1 for all others.
 
     Raises:
         UserError: an unknown name, or nothing to train.
 
     >>> layer = nn.Linear(3, 2)
     >>> optimizer = build_optimizer(
-    ...     layer.named_parameters(), name="lars", lr=0.3, momentum=0.9, weight_decay=1e-6, betas=(0.9, 0.999)
+    ...     layer.named_parameters(), name="lars", lr=0.2, plain_lr=0.05, momentum=0.9, weight_decay=1e-6, betas=(0, 0)
     ... )
-    >>> [(group["decay"], group["weight_decay"], len(group["params"])) for group in optimizer.param_groups]
-    [(True, 1e-06, 1), (False, 0.0, 1)]
+    >>> [(group["decay"], group["weight_decay"], group["lr"]) for group in optimizer.param_groups]
+    [(True, 1e-06, 0.2), (False, 0.0, 0.05)]
     """
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+    parts: dict[tuple[bool, float], list[nn.Parameter]] = defaultdict(list)
     seen: set[int] = set()
     for path, parameter in module_parameters:
         if not parameter.requires_grad or id(parameter) in seen:
             continue
         seen.add(id(parameter))
-        is_plain = parameter.ndim <= 1 or path.rpartition(".")[2] == "bias"
-        (plain if is_plain else decayed).append(parameter)
-    groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": weight_decay, "decay": True},
-        {"params": plain, "weight_decay": 0.0, "decay": False},
-    ]
-    groups = [group for group in groups if group["params"]]
-    if not groups:
+        plain = parameter.ndim <= 1 or path.rpartition(".")[2] == "bias"
+        scale = 1.0 if lr_scales is None else lr_scales.get(parameter, 1.0)
+        if plain and plain_lr is not None:
+            scale *= plain_lr / lr
+        parts[not plain, scale].append(parameter)
+    if not parts:
         raise UserError("there is nothing to train: every parameter is frozen")
-    if name == "sgd":
+    groups: list[dict[str, Any]] = [
+        {
+            "params": parameters,
+            "decay": decayed,
+            "weight_decay": weight_decay if decayed else 0.0,
+            "lr": lr * scale,
+            "lr_scale": scale,
+        }
+        for (decayed, scale), parameters in sorted(parts.items(), key=lambda part: not part[0][0])
+    ]
+    if name == "sgd":  # torch's fused one fails where a parameter has its first gradient later than the others
         return torch.optim.SGD(groups, lr=lr, momentum=momentum)
     if name == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, betas=betas)
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
     if name == "lars":
         return Lars(groups, lr=lr, momentum=momentum)
     raise UserError(f"unknown optimizer {name!r}{nearest(name, ['sgd', 'adamw', 'lars'])}")
+
+
+def layer_lr_scales(backbone: nn.Module, decay: float) -> dict[nn.Parameter, float]:
+    """Layer-wise learning-rate decay (BEiT, Bao et al. 2022): a factor for each parameter of a backbone.
+
+    Layer l of L, as timm groups them (stem 0, then the blocks, norms behind the last block with it), has
+    decay ** (L - l): the last layer `decay`, whatever stands behind the backbone 1.
+
+    Args:
+        backbone: a timm model.
+        decay: > 0 and <= 1; 0.65 to 0.75 in BEiT and MAE.
+
+    Raises:
+        UserError: timm does not say which of the backbone's layers come first.
+
+    >>> import timm
+    >>> vit = timm.create_model("test_vit", num_classes=0)
+    >>> scales = layer_lr_scales(vit, 0.5)
+    >>> scales[vit.norm.weight], scales[vit.blocks[0].attn.qkv.weight], scales[vit.pos_embed]
+    (0.5, 0.015625, 0.0078125)
+    """
+    matcher = getattr(backbone, "group_matcher", None)
+    if matcher is None:
+        raise UserError(
+            f"optim.layer_decay needs the order of the layers, which timm does not have for {type(backbone).__name__}; "
+            "leave it out or give another backbone.name"
+        )
+    layers: dict[str, int] = group_parameters(backbone, matcher(coarse=False), reverse=True)
+    depth = max(layers.values()) + 1
+    return {parameter: decay ** (depth - layers[name]) for name, parameter in backbone.named_parameters()}
 
 
 class Lars(torch.optim.Optimizer):

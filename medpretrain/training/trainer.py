@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medpretrain.data.batches import Batch
@@ -16,7 +15,7 @@ from medpretrain.data.counter import hash64, purpose
 from medpretrain.losses.gather import mean_over_ranks
 from medpretrain.methods.base import Method, Outputs, Progress
 from medpretrain.recipe import Recipe
-from medpretrain.training.optimizers import build_optimizer, clip_per_parameter_
+from medpretrain.training.optimizers import build_optimizer, clip_per_parameter_, layer_lr_scales
 from medpretrain.training.process import Process
 from medpretrain.training.schedules import cosine, warmup_cosine
 from medpretrain.training.strategy import DistributedData
@@ -51,13 +50,16 @@ class Trainer:
         self._strategy = DistributedData(method, process, precision=recipe.train.precision)
         trained = [(name, value) for name, value in method.named_parameters() if value.requires_grad]
         self._parameters = [value for _, value in trained]
+        optim = recipe.optim
         self.optimizer = build_optimizer(
             trained,
-            name=recipe.optim.name,
+            name=optim.name,
             lr=self._lr,
-            momentum=recipe.optim.momentum,
-            weight_decay=recipe.optim.weight_decay,
-            betas=recipe.optim.betas,
+            momentum=optim.momentum,
+            weight_decay=optim.weight_decay,
+            betas=optim.betas,
+            plain_lr=optim.plain_lr and optim.plain_lr * self._lr / optim.lr,
+            lr_scales=layer_lr_scales(method.trained, optim.layer_decay) if optim.layer_decay else None,
         )
 
     def progress(self, step: int) -> Progress:
@@ -97,7 +99,7 @@ class Trainer:
         if optim.final_weight_decay is not None:
             decay = cosine(progress.step, total=self._total, start=decay, end=optim.final_weight_decay)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
             if group["decay"]:
                 group["weight_decay"] = decay
         return lr
@@ -150,13 +152,6 @@ class Trainer:
             clip_per_parameter_(self._parameters, self._optim.clip)
             return norm
         return torch.nn.utils.clip_grad_norm_(self._parameters, self._optim.clip or float("inf"))
-
-
-def feature_std(features_ND: Tensor) -> Tensor:
-    """Mean standard deviation of unit-length features over images, times sqrt(D): about 1 when spread out, 0 when
-    every image has the same feature."""
-    unit = F.normalize(features_ND.detach().float(), dim=1)
-    return unit.std(dim=0, correction=0).mean() * unit.shape[1] ** 0.5
 
 
 def mean_loss(loss: Tensor) -> float:

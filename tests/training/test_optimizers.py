@@ -1,12 +1,14 @@
 import copy
 import io
+import re
 
 import pytest
+import timm
 import torch
 from torch import nn
 
 from data_prep.errors import UserError
-from medpretrain.training.optimizers import Lars, build_optimizer, clip_per_parameter_
+from medpretrain.training.optimizers import Lars, build_optimizer, clip_per_parameter_, layer_lr_scales
 
 
 def network():
@@ -14,9 +16,15 @@ def network():
     return nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3)).double()
 
 
-def build(module, name, lr=0.1, weight_decay=0.05):
+def build(module, name, lr=0.1, weight_decay=0.05, **scales):
     return build_optimizer(
-        module.named_parameters(), name=name, lr=lr, momentum=0.9, weight_decay=weight_decay, betas=(0.9, 0.95)
+        module.named_parameters(),
+        name=name,
+        lr=lr,
+        momentum=0.9,
+        weight_decay=weight_decay,
+        betas=(0.9, 0.95),
+        **scales,
     )
 
 
@@ -35,6 +43,64 @@ def test_a_bias_with_two_dimensions_is_not_decayed():
     module.bias = nn.Parameter(torch.zeros(2, 2))
     (group,) = build(module, "sgd").param_groups
     assert group["decay"] is False
+
+
+def test_biases_and_norms_have_a_learning_rate_of_their_own():
+    module = network()
+    decayed, plain = build(module, "sgd", lr=0.2, plain_lr=0.0048).param_groups
+    assert (decayed["lr"], decayed["lr_scale"]) == (0.2, 1.0)
+    assert plain["lr"] == pytest.approx(0.0048)
+    assert plain["lr_scale"] == pytest.approx(0.024)
+    assert len(plain["params"]) == 4
+
+
+def scale_by_name(backbone, decay):
+    scales = layer_lr_scales(backbone, decay)
+    assert len(scales) == len(list(backbone.parameters()))
+    return {name: scales[parameter] for name, parameter in backbone.named_parameters()}
+
+
+def test_layers_of_a_vision_transformer_learn_the_slower_the_nearer_to_the_pixels():
+    depth = 13  # the stem and 12 blocks
+    for name, scale in scale_by_name(timm.create_model("vit_tiny_patch16_224", num_classes=0), 0.7).items():
+        block = re.match(r"blocks\.(\d+)\.", name)
+        layer = int(block[1]) + 1 if block else 12 if name.startswith("norm.") else 0
+        assert scale == pytest.approx(0.7 ** (depth - layer)), name
+
+
+def test_layers_of_a_resnet_are_its_stem_and_its_blocks():
+    for name, scale in scale_by_name(timm.create_model("resnet18", num_classes=0), 0.5).items():
+        block = re.match(r"layer(\d)\.(\d)\.", name)
+        layer = 2 * (int(block[1]) - 1) + int(block[2]) + 1 if block else 0
+        assert scale == 0.5 ** (9 - layer), name
+
+
+def test_layer_decay_is_refused_where_timm_does_not_know_the_layers():
+    with pytest.raises(UserError, match=r"optim\.layer_decay.*Sequential.*backbone\.name"):
+        layer_lr_scales(network(), 0.75)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lars"])
+def test_each_parameter_moves_by_the_rate_of_its_layer_and_kind(name):
+    """With no momentum from before, the first step of every one of the optimizers is proportional to its rate."""
+    slow, fast = network(), network()
+    first = [parameter.detach().clone() for parameter in slow.parameters()]
+    lr_scales = dict.fromkeys(slow[0].parameters(), 0.25)
+    one = build(slow, name, lr=0.1, plain_lr=0.02, lr_scales=lr_scales)
+    other = build(fast, name, lr=0.1)
+    assert {(group["decay"], round(group["lr_scale"], 9)) for group in one.param_groups} == {
+        (True, 0.25),
+        (True, 1.0),
+        (False, 0.05),
+        (False, 0.2),
+    }
+    data = torch.randn(8, 4, dtype=torch.float64)
+    for module, optimizer in ((slow, one), (fast, other)):
+        module(data).square().mean().backward()
+        optimizer.step()
+    expected = [0.25, 0.05, 0.2, 0.2, 1.0, 0.2]
+    for start, a, b, factor in zip(first, slow.parameters(), fast.parameters(), expected, strict=True):
+        torch.testing.assert_close(a.detach() - start, factor * (b.detach() - start), rtol=1e-9, atol=1e-15)
 
 
 def test_frozen_parameters_stay_out_and_shared_ones_count_once():
@@ -85,26 +151,71 @@ def test_lars_equals_the_paper_in_float64():
             torch.testing.assert_close(ours.detach(), theirs, rtol=1e-12, atol=1e-14)
 
 
-def test_lars_goes_on_exactly_after_a_round_trip_through_a_file():
-    module = network()
-    optimizer = build(module, "lars")
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lars"])
+def test_it_goes_on_exactly_after_a_round_trip_through_a_file(name):
+    def made(module):
+        scales = dict.fromkeys(module[0].parameters(), 0.5)
+        return build(module, name, lr=0.01, plain_lr=0.002, lr_scales=scales)
 
     def step(model, opt, seed):
         torch.manual_seed(seed)
+        for group in opt.param_groups:
+            group["lr"] = 0.01 * seed * group["lr_scale"]
         opt.zero_grad()
         model(torch.randn(8, 4, dtype=torch.float64)).square().mean().backward()
         opt.step()
 
+    module = network()
+    optimizer = made(module)
     step(module, optimizer, 1)
     file = io.BytesIO()
     torch.save(optimizer.state_dict(), file)
     file.seek(0)
     other = copy.deepcopy(module)
-    resumed = build(other, "lars")
+    resumed = made(other)
     resumed.load_state_dict(torch.load(file, weights_only=True))
     step(module, optimizer, 2)
     step(other, resumed, 2)
     assert all(torch.equal(a, b) for a, b in zip(module.parameters(), other.parameters(), strict=True))
+    for ours, theirs in zip(optimizer.param_groups, resumed.param_groups, strict=True):
+        assert {**ours, "params": None} == {**theirs, "params": None}
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lars"])
+def test_a_parameter_may_have_its_first_gradient_later_than_the_others(name):
+    """DINO's last layer has none in the first epoch; torch's fused SGD fails there."""
+    module = network()
+    optimizer = build(module, name)
+    before = module[2].weight.detach().clone()
+    for step in range(3):
+        optimizer.zero_grad()
+        module(torch.ones(2, 4, dtype=torch.float64)).square().mean().backward()
+        if step == 0:
+            module[2].weight.grad = None
+        optimizer.step()
+        assert torch.equal(module[2].weight, before) == (step == 0)
+
+
+def test_fused_adamw_equals_the_paper_in_float64():
+    """Loshchilov & Hutter 2019, algorithm 2, with the schedule in the learning rate."""
+    module = network()
+    optimizer = build(module, "adamw", lr=0.01, weight_decay=0.05)
+    assert all(group["fused"] for group in optimizer.param_groups)
+    weights = [p.detach().clone() for p in module.parameters()]
+    m, v = ([torch.zeros_like(w) for w in weights] for _ in range(2))
+    for step in range(1, 6):
+        optimizer.zero_grad()
+        module(torch.randn(8, 4, dtype=torch.float64)).square().mean().backward()
+        for i, parameter in enumerate(module.parameters()):
+            grad = parameter.grad
+            m[i] = 0.9 * m[i] + 0.1 * grad
+            v[i] = 0.95 * v[i] + 0.05 * grad**2
+            decay = 0.05 if grad.ndim > 1 else 0.0
+            step_of = (m[i] / (1 - 0.9**step)) / ((v[i] / (1 - 0.95**step)).sqrt() + 1e-8)
+            weights[i] = weights[i] - 0.01 * (step_of + decay * weights[i])
+        optimizer.step()
+    for ours, theirs in zip(module.parameters(), weights, strict=True):
+        torch.testing.assert_close(ours.detach(), theirs, rtol=1e-10, atol=1e-13)
 
 
 def test_lars_returns_the_loss_of_a_closure():

@@ -134,7 +134,7 @@ def test_a_killed_and_resumed_run_is_bit_identical_to_an_undisturbed_one(method,
     assert seen(tmp_path / "killed") == seen(tmp_path / "whole")
     whole, killed = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "killed"))
     assert [row["step"] for row in killed] == list(range(1, STEPS + 1))
-    for column in ("loss", "lr", "grad_norm", "feature_std"):
+    for column in ("loss", "lr", "grad_norm", "feature_std", "rankme", "alignment", "uniformity"):
         assert [row[column] for row in killed] == [row[column] for row in whole]
 
 

@@ -1,4 +1,4 @@
-"""One step: schedules, clipping, the collapse alarm, and what a state dict holds."""
+"""One step: schedules, clipping, and what a state dict holds."""
 
 from __future__ import annotations
 
@@ -6,25 +6,30 @@ import copy
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from medpretrain.data.batches import Batch
 from medpretrain.methods.base import TrainingSet
 from medpretrain.recipe import Recipe
 from medpretrain.training.build import build_method
 from medpretrain.training.process import Process
-from medpretrain.training.trainer import Trainer, feature_std
+from medpretrain.training.trainer import Trainer
 
 ALONE = Process(rank=0, world=1, local_rank=0, local_world=1, device=torch.device("cpu"))
 
 
-def trainer(**optim):
+VIEWS = {"modan_mulsupcon": {"crop": {"size": 32, "count": 2}}, "dino": {"global": {"size": 32, "count": 2}}}
+SMALL = {"modan_mulsupcon": {"projector": [16, 8]}, "dino": {"prototypes": 16, "hidden": 16, "bottleneck": 8}}
+
+
+def trainer(method="modan_mulsupcon", **optim):
     recipe = Recipe.model_validate(
         {
             "name": "one",
             "data": {"channels": 1, "labels": ["modality"]},
             "backbone": {"name": "test_vit"},
-            "views": {"crop": {"size": 32, "count": 2}},
-            "method": {"name": "modan_mulsupcon"},
+            "views": VIEWS[method],
+            "method": {"name": method} | SMALL[method],
             "optim": {"name": "sgd", "lr": 0.1} | optim,
             "train": {"steps": 10, "global_batch": 4},
         }
@@ -62,6 +67,40 @@ def test_learning_rate_and_decay_follow_their_schedules():
     assert 0.29 < decays[True] < 0.3
 
 
+def test_the_rate_of_each_layer_and_of_biases_follows_the_same_curve():
+    one = trainer(lr=0.2, plain_lr=0.05, lr_batch=8, layer_decay=0.5, warmup=0.4, warmup_lr=0.02, final_lr=0.01)
+    backbone = one.method.backbone
+    last = dict(one.method.projector.named_parameters())
+    chosen = {  # parameter, learning rate relative to lr: 6 blocks behind the stem
+        "stem": (backbone.patch_embed.proj.weight, 0.5**7),
+        "stem's bias": (backbone.patch_embed.proj.bias, 0.5**7 * 0.25),
+        "last block": (backbone.blocks[5].attn.qkv.weight, 0.5),
+        "last norm": (backbone.norm.weight, 0.5 * 0.25),
+        "head": (next(p for p in last.values() if p.ndim > 1), 1.0),
+        "head's bias": (next(p for p in last.values() if p.ndim == 1), 0.25),
+    }
+    for step in range(10):
+        lr = one.step(batch(step)).lr
+        rates = {parameter: group["lr"] for group in one.optimizer.param_groups for parameter in group["params"]}
+        for name, (parameter, scale) in chosen.items():
+            assert rates[parameter] == pytest.approx(lr * scale, rel=1e-12), name
+        if step == 4:
+            assert lr == pytest.approx(0.1)
+
+
+def test_layer_decay_reaches_the_backbone_that_is_trained_and_no_head():
+    one = trainer("dino", layer_decay=0.5)
+    scales = {parameter: group["lr_scale"] for group in one.optimizer.param_groups for parameter in group["params"]}
+    assert {scales[parameter] for parameter in one.method.student.parameters()} == {0.5**k for k in range(1, 8)}
+    assert {scales[p] for p in one.method.student_head.parameters() if p.requires_grad} == {1.0}
+
+
+@pytest.mark.parametrize(("key", "value"), [("plain_lr", 0), ("layer_decay", 0), ("layer_decay", 1.01)])
+def test_a_rate_outside_its_range_is_refused(key, value):
+    with pytest.raises(ValidationError, match=key):
+        trainer(**{key: value})
+
+
 def test_a_step_lowers_the_loss_of_its_batch():
     one = trainer(lr=0.01)
     losses = [one.step(batch(0)).loss.item() for _ in range(8)]
@@ -77,12 +116,6 @@ def test_gradients_are_clipped_together_or_each(each):
     largest = norms.max() if each else norms.norm()
     assert largest.item() == pytest.approx(1e-3, rel=1e-2)
     assert (norms.norm() > 2e-3) == each
-
-
-def test_the_collapse_alarm_tells_spread_from_collapsed_features():
-    torch.manual_seed(0)
-    assert feature_std(torch.randn(512, 64)).item() == pytest.approx(1.0, abs=0.05)
-    assert feature_std(torch.ones(32, 64) * torch.rand(32, 1)).item() == pytest.approx(0.0, abs=1e-3)
 
 
 def test_a_trainer_goes_on_from_its_state_as_if_never_stopped():
