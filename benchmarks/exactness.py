@@ -5,8 +5,8 @@
 For each method: three training steps, then the gradient of a fourth, in float64 on a tiny network, with different
 images on every rank, against one process that holds the global batch: the ratio of the norms and the cosine of all
 parameters' gradients, and the largest difference of any buffer (teachers, queues, centres). Then, in float32: six steps
-at once against three, a checkpoint file and three more in new objects; parameters, buffers, optimizer and losses must be
-equal to the bit.
+at once against three, a checkpoint file and three more in new objects; parameters, buffers, optimizer and losses must
+be equal to the bit.
 """
 
 from __future__ import annotations
@@ -51,13 +51,30 @@ class Case:
     labels: tuple[str, ...] = ()
 
 
-SMALL = {"projector": [16, 8]}
+SMALL: dict[str, Any] = {"projector": [16, 8]}
+PREDICTED = SMALL | {"predictor": [16, 8]}
+QUEUE = {"queue": 20}
+"""No multiple of the batch, so that it wraps around."""
 CASES = {
     "amimv": Case(SMALL | {"momentum": 0.9}),
+    "barlow_twins": Case(SMALL),
+    "bcl": Case(SMALL | {"instance_weight": 0.5}, ("class",)),
+    "byol": Case(PREDICTED),
     "dino": Case({"prototypes": 24, "hidden": 16, "bottleneck": 8, "freeze_last_layer_epochs": 0.5}),
+    "kcl": Case(SMALL | QUEUE, ("class",)),
+    "moco_v3": Case(PREDICTED | {"predictor_norm": True}),
     "modan_mulsupcon": Case({"instance_weight": 0.5}, ("modality", "anatomy")),
+    "nnclr": Case(PREDICTED | QUEUE),
+    "paco": Case(SMALL | QUEUE, ("class",)),
+    "ressl": Case(SMALL | QUEUE),
+    "sbc": Case(SMALL | {"smallest_subclass": 2, "warmup_epochs": 0, "every_epochs": 1}, ("class",)),
     "simclr": Case(SMALL),
     "supcon": Case(SMALL, ("class",)),
+    "supervised": Case({"weighting": "inverse", "focusing": 2.0}, ("modality", "anatomy")),
+    "supervised_minority": Case(SMALL, ("finding",)),
+    "supervised_prototypes": Case(SMALL, ("finding",)),
+    "tsc": Case(SMALL | QUEUE, ("class",)),
+    "vicreg": Case({"projector": [16, 20]}),
 }
 
 
@@ -69,7 +86,7 @@ def recipe(method: str, backbone: str, micro_batches: int = 1) -> Recipe:
             "data": {"channels": 1, "labels": list(CASES[method].labels), "mean": [0.5], "std": [0.5]},
             "backbone": {"name": f"test_{backbone}"},
             "views": {
-                kind: {"size": 32 if least else 16, "count": max(least, 2 if method == "dino" else 1)}
+                kind: {"size": 32 if least else 16, "count": max(least, 2 if method in ("dino", "supervised") else 1)}
                 for kind, least in kinds.items()
             },
             "method": {"name": method, **CASES[method].options},

@@ -43,12 +43,31 @@ COMMON = [
     "device=cpu",
     "tracking.uri=none",
 ]
+CROP = "views.crop.size=32"
+PROJECTOR = "method.projector=[512, 128]"
+PREDICTOR = "method.predictor=[512, 128]"
+QUEUE = "method.queue=1024"
+MOMENTUM = "method.momentum=0.99"
 SMALL: dict[str, list[str]] = {
-    "amimv": ["views.normalised.size=32", "views.augmented.size=32", "method.momentum=0.99"],
+    "amimv": ["views.normalised.size=32", "views.augmented.size=32", MOMENTUM],
+    "barlow_twins": [CROP, "method.projector=[512, 512]"],
+    "bcl": [CROP, PROJECTOR],
+    "byol": [CROP, PROJECTOR, PREDICTOR, MOMENTUM],
     "dino": ["views.global.size=32", "views.local.size=24", "method.prototypes=512", "method.teacher_momentum=0.98"],
-    "modan_mulsupcon": ["data.labels=[modality, anatomy]", "views.crop.size=32"],
-    "simclr": ["views.crop.size=32", "method.projector=[512, 128]"],
-    "supcon": ["data.labels=[class]", "views.crop.size=32", "method.projector=[512, 128]"],
+    "kcl": [CROP, PROJECTOR, QUEUE, MOMENTUM],
+    "moco_v3": [CROP, PROJECTOR, PREDICTOR],
+    "modan_mulsupcon": [CROP],
+    "nnclr": [CROP, PROJECTOR, PREDICTOR, QUEUE],
+    "paco": [CROP, PROJECTOR, QUEUE, MOMENTUM],
+    "ressl": ["views.strong.size=32", "views.weak.size=32", PROJECTOR, QUEUE, MOMENTUM],
+    "sbc": [CROP, PROJECTOR, "method.warmup_epochs=1", "method.every_epochs=1"],
+    "simclr": [CROP, PROJECTOR],
+    "supcon": [CROP, PROJECTOR],
+    "supervised": [CROP],
+    "supervised_minority": [CROP, PROJECTOR],
+    "supervised_prototypes": [CROP, PROJECTOR],
+    "tsc": [CROP, PROJECTOR, QUEUE, MOMENTUM],
+    "vicreg": [CROP, "method.projector=[512, 512]"],
 }
 
 

@@ -13,23 +13,23 @@ if TYPE_CHECKING:
 METHODS = {
     "amimv": "medpretrain.methods.amimv:Amimv",
     "barlow_twins": "medpretrain.methods.barlow_twins:BarlowTwins",
-    "byol": "medpretrain.methods.byol:Byol",
     "bcl": "medpretrain.methods.bcl:Bcl",
+    "byol": "medpretrain.methods.byol:Byol",
     "dino": "medpretrain.methods.dino:Dino",
-    "moco_v3": "medpretrain.methods.moco_v3:MocoV3",
     "kcl": "medpretrain.methods.kcl:Kcl",
+    "moco_v3": "medpretrain.methods.moco_v3:MocoV3",
     "modan_mulsupcon": "medpretrain.methods.modan_mulsupcon:ModAnMulSupCon",
     "nnclr": "medpretrain.methods.nnclr:Nnclr",
-    "ressl": "medpretrain.methods.ressl:ReSsl",
     "paco": "medpretrain.methods.paco:Paco",
+    "ressl": "medpretrain.methods.ressl:ReSsl",
     "sbc": "medpretrain.methods.sbc:Sbc",
     "simclr": "medpretrain.methods.simclr:SimClr",
     "supcon": "medpretrain.methods.supcon:SupCon",
-    "vicreg": "medpretrain.methods.vicreg:VicReg",
+    "supervised": "medpretrain.methods.supervised:Supervised",
     "supervised_minority": "medpretrain.methods.supervised_minority:SupervisedMinority",
     "supervised_prototypes": "medpretrain.methods.supervised_prototypes:SupervisedPrototypes",
     "tsc": "medpretrain.methods.tsc:Tsc",
-    "supervised": "medpretrain.methods.supervised:Supervised",
+    "vicreg": "medpretrain.methods.vicreg:VicReg",
 }
 
 

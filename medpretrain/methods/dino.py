@@ -52,7 +52,6 @@ class Dino(Method):
             backbone.num_features, hidden=options.hidden, bottleneck=options.bottleneck, prototypes=options.prototypes
         )
         self.teacher, self.teacher_head = frozen_copy(self.student), frozen_copy(self.student_head)
-        _without_drop_path(self.teacher)
         self.register_buffer("center", torch.zeros(options.prototypes))
 
     def forward(self, views: Views) -> Outputs:
@@ -104,10 +103,3 @@ class Dino(Method):
     @property
     def trained(self) -> nn.Module:
         return self.student
-
-
-def _without_drop_path(module: nn.Module) -> None:
-    """A teacher in training mode (for BatchNorm) must still not drop paths."""
-    for layer in module.modules():
-        if type(layer).__name__ == "DropPath":
-            layer.drop_prob = 0.0  # type: ignore[assignment]

@@ -48,7 +48,7 @@ class MomentumEncoder(Method):
         features = [self.encoder["backbone"](images) for images in query_views]
         query = [self.predictor(self.encoder["projector"](one)) for one in features]
         with torch.no_grad():
-            key = [_encode(self.momentum_encoder, images) for images in key_views]
+            key = [encode(self.momentum_encoder, images) for images in key_views]
         return {
             "query": torch.stack(query, dim=1),
             "key": torch.stack(key, dim=1),
@@ -66,7 +66,7 @@ class MomentumEncoder(Method):
         follow(self.momentum_encoder, self.encoder, momentum)
 
     def embed(self, images: Tensor) -> Tensor:
-        return _encode(self.encoder, images)
+        return encode(self.encoder, images)
 
     @property
     def exported(self) -> nn.Module:
@@ -84,7 +84,8 @@ def refuse_a_short_queue(options: MethodOptions, queue: int, global_batch: int) 
         )
 
 
-def _encode(encoder: nn.Module, images: Tensor) -> Tensor:
+def encode(encoder: nn.Module, images: Tensor) -> Tensor:
+    """The projection of n images, (n, D), by either encoder."""
     assert isinstance(encoder, nn.ModuleDict)
     embedding: Tensor = encoder["projector"](encoder["backbone"](images))
     return embedding

@@ -14,7 +14,7 @@ from medpretrain.losses.contrastive import at_least_float32
 from medpretrain.losses.gather import gather
 from medpretrain.methods.base import Backbone, LabelKinds, MethodOptions, Outputs, Progress, TrainingSet
 from medpretrain.methods.class_prior import ClassPrior, refuse_a_single_class
-from medpretrain.methods.momentum import MomentumEncoder, MomentumOptions, refuse_a_short_queue
+from medpretrain.methods.momentum import MomentumEncoder, MomentumOptions, encode, refuse_a_short_queue
 from medpretrain.models.heads import projection_mlp
 from medpretrain.models.queue import Queue
 
@@ -59,8 +59,7 @@ class Paco(MomentumEncoder):
         (query_images,), (key_images,) = self.split(views)
         features = self.encoder["backbone"](query_images)
         with torch.no_grad():
-            following = self.momentum_encoder
-            key = following.get_submodule("projector")(following.get_submodule("backbone")(key_images))
+            key = encode(self.momentum_encoder, key_images)
         return {
             "query": self.encoder["projector"](features)[:, None],
             "key": key[:, None],

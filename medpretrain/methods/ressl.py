@@ -19,7 +19,7 @@ from medpretrain.models.queue import Queue
 
 
 class ReSslOptions(MomentumOptions):
-    """Defaults are the paper's for ImageNet, momentum 0.999 too; our projector has a BatchNorm between its layers."""
+    """Defaults are the paper's for ImageNet, momentum 0.999 too."""
 
     name: Literal["ressl"] = "ressl"
     temperature: Annotated[float, Gt(0)] = 0.1
@@ -37,7 +37,7 @@ class ReSsl(MomentumEncoder):
     def __init__(self, options: ReSslOptions, backbone: Backbone, data: TrainingSet) -> None:
         super().__init__(options, backbone, data)
         self.opt = options
-        self._build(backbone, projection_mlp(backbone.num_features, options.projector))
+        self._build(backbone, projection_mlp(backbone.num_features, options.projector, norm=False))
         self.queue = Queue(options.queue, options.projector[-1], seed=data.seed)
 
     @classmethod

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def projection_mlp(inputs: int, widths: Sequence[int], *, final_norm: bool = False) -> nn.Sequential:
+def projection_mlp(inputs: int, widths: Sequence[int], *, norm: bool = True, final_norm: bool = False) -> nn.Sequential:
     """Linear layers of these widths, with BatchNorm and ReLU between them; the last one is bare.
 
     Args:
+        norm: whether there is BatchNorm between them; without, they have a bias.
         final_norm: a BatchNorm without affine follows the last layer, which then needs no bias.
 
     >>> [tuple(p.shape) for p in projection_mlp(8, [6, 4]).parameters()]
@@ -20,7 +21,9 @@ def projection_mlp(inputs: int, widths: Sequence[int], *, final_norm: bool = Fal
     """
     layers: list[nn.Module] = []
     for width in widths[:-1]:
-        layers += [nn.Linear(inputs, width, bias=False), nn.BatchNorm1d(width), nn.ReLU(inplace=True)]
+        layers.append(nn.Linear(inputs, width, bias=not norm))
+        layers += [nn.BatchNorm1d(width)] if norm else []
+        layers.append(nn.ReLU(inplace=True))
         inputs = width
     layers.append(nn.Linear(inputs, widths[-1], bias=not final_norm))
     if final_norm:
