@@ -40,7 +40,8 @@ from medpretrain.training.trainer import Trainer
 
 IMAGES, STEPS = 12, 3
 ALONE = Process(rank=0, world=1, local_rank=0, local_world=1, device=torch.device("cpu"))
-CLASSES = {"finding": 2, "class": 3, "modality": 3, "anatomy": 4}
+COUNTS = {"finding": (2, 3), "class": (5, 0, 2, 3), "modality": (2, 3, 4), "anatomy": (2, 3, 4, 5)}
+"""Images of each class, in the training set that methods are told of."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,12 @@ CASES = {
 }
 
 
-def recipe(method: str, backbone: str, micro_batches: int = 1) -> Recipe:
-    kinds = method_class(method).view_kinds
+def recipe(method: str, backbone: str, *, micro_batches: int = 1, plain_heads: bool = False) -> Recipe:
+    kinds, options = method_class(method).view_kinds, CASES[method].options
+    if plain_heads:
+        options = options | {name: widths[-1:] for name, widths in options.items() if name in ("projector", "predictor")}
+        norms = {"projector_norm", "predictor_norm"} & method_class(method).options.model_fields.keys()
+        options = options | dict.fromkeys(norms, False)
     return Recipe.model_validate(
         {
             "name": "exactness",
@@ -89,7 +94,7 @@ def recipe(method: str, backbone: str, micro_batches: int = 1) -> Recipe:
                 kind: {"size": 32 if least else 16, "count": max(least, 2 if method in ("dino", "supervised") else 1)}
                 for kind, least in kinds.items()
             },
-            "method": {"name": method, **CASES[method].options},
+            "method": {"name": method, **options},
             "optim": {"name": "adamw", "lr": 1e-3, "weight_decay": 0.04},
             "train": {"steps": 10, "global_batch": IMAGES, "micro_batches": micro_batches},
         }
@@ -108,7 +113,7 @@ def batch(chosen: Recipe, step: int, process: Process, dtype: torch.dtype) -> Ba
         ]
         for name, view in chosen.views.items()
     }
-    labels = {kind: torch.randint(-1, CLASSES[kind], (IMAGES,), generator=draw) for kind in chosen.data.labels}
+    labels = {kind: _labels(kind, draw) for kind in chosen.data.labels}
     local = IMAGES // process.world
     first, size = process.rank * local, local // chosen.train.micro_batches
     micro = [
@@ -119,13 +124,19 @@ def batch(chosen: Recipe, step: int, process: Process, dtype: torch.dtype) -> Ba
     return Batch(step=step, seed=0, size=IMAGES, first=first, micro=micro, labels=labels, samples=samples)
 
 
+def _labels(kind: str, draw: torch.Generator) -> Tensor:
+    """Of the classes that have images, and some unknown."""
+    there = torch.tensor([-1] + [number for number, count in enumerate(COUNTS[kind]) if count])
+    return there[torch.randint(len(there), (IMAGES,), generator=draw)]
+
+
 def trainer(chosen: Recipe, process: Process, dtype: torch.dtype) -> Trainer:
     """Fresh, and shown all training images if it asks for them."""
     kinds = chosen.data.labels
     data = TrainingSet(
         samples=IMAGES,
-        classes={kind: tuple(map(str, range(CLASSES[kind]))) for kind in kinds},
-        counts={kind: tuple(range(2, 2 + CLASSES[kind])) for kind in kinds},
+        classes={kind: tuple(map(str, range(len(COUNTS[kind])))) for kind in kinds},
+        counts={kind: COUNTS[kind] for kind in kinds},
     )
     method = build_method(chosen, data).to(dtype)
     if process.world > 1:
@@ -134,24 +145,28 @@ def trainer(chosen: Recipe, process: Process, dtype: torch.dtype) -> Trainer:
     if method.wants_survey(made.progress(0)):
         draw = torch.Generator().manual_seed(17)
         width = method.embed(torch.zeros(2, 1, 32, 32, dtype=dtype)).shape[1]
-        labels = {kind: torch.randint(-1, CLASSES[kind], (IMAGES,), generator=draw) for kind in kinds}
+        labels = {kind: _labels(kind, draw) for kind in kinds}
         method.survey(torch.randn(IMAGES, width, generator=draw).to(dtype), labels)
     return made
 
 
 def gradients(
-    process: Process, method: str, backbone: str, *, micro_batches: int = 1, steps: int = STEPS
+    process: Process, method: str, backbone: str, *, micro_batches: int = 1, plain_heads: bool = False
 ) -> dict[str, Tensor]:
-    """The gradient of every parameter after some steps, the loss, and every buffer."""
-    chosen = recipe(method, backbone, micro_batches)
+    """The gradient of every parameter after some steps, the loss, and every buffer.
+
+    Args:
+        plain_heads: linear heads, so that with a ViT there is no BatchNorm, whose statistics are a micro-batch's own.
+    """
+    chosen = recipe(method, backbone, micro_batches=micro_batches, plain_heads=plain_heads)
     one = trainer(chosen, process, torch.float64)
-    for step in range(steps):
+    for step in range(STEPS):
         one.step(batch(chosen, step, process, torch.float64))
     one.optimizer.zero_grad(set_to_none=True)
-    last = batch(chosen, steps, process, torch.float64)
-    loss, outputs = one.backward(last, one.progress(steps))
+    last = batch(chosen, STEPS, process, torch.float64)
+    loss, outputs = one.backward(last, one.progress(STEPS))
     found = {name: value.grad for name, value in one.method.named_parameters() if value.grad is not None}
-    one.method.after_update(outputs, last, one.progress(steps))
+    one.method.after_update(outputs, last, one.progress(STEPS))
     buffers = {f"buffer {name}": value for name, value in one.method.named_buffers()}
     return found | buffers | {"loss": mean_over_ranks(loss)}
 
@@ -194,14 +209,20 @@ def _bits(state: Any) -> Any:
     return [_bits(value) for value in state] if isinstance(state, list | tuple) else state
 
 
-def on_ranks(methods: list[str], backbones: list[str], world: int) -> list[dict[str, dict[str, Tensor]]]:
-    """What each rank found, for every `method backbone`; real processes on loopback."""
+def on_ranks(
+    methods: list[str], backbones: list[str], world: int, micro_batches: int = 1
+) -> list[dict[str, dict[str, Tensor]]]:
+    """What each rank found, for every `method backbone`; real processes on loopback.
+
+    With several micro-batches, with plain heads.
+    """
     with socket.socket() as probe, tempfile.TemporaryDirectory() as folder:
         probe.bind(("127.0.0.1", 0))
         common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "OMP_NUM_THREADS": "1"}
         common |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
         probe.close()
         command = [sys.executable, __file__, "--rank-into", folder, "--methods", *methods, "--backbones", *backbones]
+        command += ["--micro-batches", str(micro_batches)]
         ranks = [
             subprocess.Popen(
                 command,
@@ -262,12 +283,19 @@ def main() -> None:
     parser.add_argument("--worlds", nargs="+", type=int, default=[1, 2, 4])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--rank-into", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--micro-batches", type=int, default=1, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.rank_into:
         torch.set_num_threads(1)
         with joined("cpu") as process:
             results = {
-                f"{method} {backbone}": gradients(process, method, backbone)
+                f"{method} {backbone}": gradients(
+                    process,
+                    method,
+                    backbone,
+                    micro_batches=given.micro_batches,
+                    plain_heads=given.micro_batches > 1,
+                )
                 for method in given.methods
                 for backbone in given.backbones
             }
