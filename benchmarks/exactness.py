@@ -82,7 +82,9 @@ CASES = {
 def recipe(method: str, backbone: str, *, micro_batches: int = 1, plain_heads: bool = False) -> Recipe:
     kinds, options = method_class(method).view_kinds, CASES[method].options
     if plain_heads:
-        options = options | {name: widths[-1:] for name, widths in options.items() if name in ("projector", "predictor")}
+        options = options | {
+            name: widths[-1:] for name, widths in options.items() if name in ("projector", "predictor")
+        }
         norms = {"projector_norm", "predictor_norm"} & method_class(method).options.model_fields.keys()
         options = options | dict.fromkeys(norms, False)
     return Recipe.model_validate(
@@ -108,19 +110,19 @@ def batch(chosen: Recipe, step: int, process: Process, dtype: torch.dtype) -> Ba
     lift = torch.linspace(0.2, 3, IMAGES)[torch.randperm(IMAGES, generator=draw)][:, None, None, None]
     everything: Views = {
         name: [
-            (torch.randn(IMAGES, 1, view.size, view.size, generator=draw) * lift + lift).to(dtype)
+            (torch.randn(IMAGES, 1, view.size, view.size, generator=draw) * lift + lift).to(process.device, dtype)
             for _ in range(view.count)
         ]
         for name, view in chosen.views.items()
     }
-    labels = {kind: _labels(kind, draw) for kind in chosen.data.labels}
+    labels = {kind: _labels(kind, draw).to(process.device) for kind in chosen.data.labels}
     local = IMAGES // process.world
     first, size = process.rank * local, local // chosen.train.micro_batches
     micro = [
         {name: [one[start : start + size] for one in views] for name, views in everything.items()}
         for start in range(first, first + local, size)
     ]
-    samples = torch.randperm(IMAGES, generator=draw)
+    samples = torch.randperm(IMAGES, generator=draw).to(process.device)
     return Batch(step=step, seed=0, size=IMAGES, first=first, micro=micro, labels=labels, samples=samples)
 
 
@@ -138,15 +140,15 @@ def trainer(chosen: Recipe, process: Process, dtype: torch.dtype) -> Trainer:
         classes={kind: tuple(map(str, range(len(COUNTS[kind])))) for kind in kinds},
         counts={kind: COUNTS[kind] for kind in kinds},
     )
-    method = build_method(chosen, data).to(dtype)
+    method = build_method(chosen, data).to(process.device, dtype)
     if process.world > 1:
-        method = use_global_batchnorm(method)  # type: ignore[assignment]
+        use_global_batchnorm(method, process.device)
     made = Trainer(method, chosen, process, total=10, steps_per_epoch=3.0)
     if method.wants_survey(made.progress(0)):
         draw = torch.Generator().manual_seed(17)
-        width = method.embed(torch.zeros(2, 1, 32, 32, dtype=dtype)).shape[1]
-        labels = {kind: _labels(kind, draw) for kind in kinds}
-        method.survey(torch.randn(IMAGES, width, generator=draw).to(dtype), labels)
+        width = method.embed(torch.zeros(2, 1, 32, 32, dtype=dtype, device=process.device)).shape[1]
+        labels = {kind: _labels(kind, draw).to(process.device) for kind in kinds}
+        method.survey(torch.randn(IMAGES, width, generator=draw).to(process.device, dtype), labels)
     return made
 
 
@@ -168,7 +170,7 @@ def gradients(
     found = {name: value.grad for name, value in one.method.named_parameters() if value.grad is not None}
     one.method.after_update(outputs, last, one.progress(STEPS))
     buffers = {f"buffer {name}": value for name, value in one.method.named_buffers()}
-    return found | buffers | {"loss": mean_over_ranks(loss)}
+    return {name: value.cpu() for name, value in (found | buffers | {"loss": mean_over_ranks(loss)}).items()}
 
 
 def compare(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
@@ -209,6 +211,31 @@ def _bits(state: Any) -> Any:
     return [_bits(value) for value in state] if isinstance(state, list | tuple) else state
 
 
+def run_ranks(arguments: list[str], world: int, *, timeout: float = 120) -> None:
+    """`python *arguments` as each rank of a gloo group on loopback; all must end with 0."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "OMP_NUM_THREADS": "1"}
+    common |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, *arguments],
+            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            start_new_session=True,
+        )
+        for rank in range(world)
+    ]
+    try:
+        codes = [rank.wait(timeout) for rank in ranks]
+        if any(codes):
+            raise RuntimeError(f"the ranks ended with {codes}")
+    finally:
+        for rank in ranks:
+            if rank.poll() is None:
+                os.killpg(rank.pid, signal.SIGKILL)
+            rank.wait()
+
+
 def on_ranks(
     methods: list[str], backbones: list[str], world: int, micro_batches: int = 1
 ) -> list[dict[str, dict[str, Tensor]]]:
@@ -216,30 +243,9 @@ def on_ranks(
 
     With several micro-batches, with plain heads.
     """
-    with socket.socket() as probe, tempfile.TemporaryDirectory() as folder:
-        probe.bind(("127.0.0.1", 0))
-        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "OMP_NUM_THREADS": "1"}
-        common |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
-        probe.close()
-        command = [sys.executable, __file__, "--rank-into", folder, "--methods", *methods, "--backbones", *backbones]
-        command += ["--micro-batches", str(micro_batches)]
-        ranks = [
-            subprocess.Popen(
-                command,
-                env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                start_new_session=True,
-            )
-            for rank in range(world)
-        ]
-        try:
-            codes = [rank.wait(timeout=600) for rank in ranks]
-            if any(codes):
-                raise RuntimeError(f"the ranks ended with {codes}")
-        finally:
-            for rank in ranks:
-                if rank.poll() is None:
-                    os.killpg(rank.pid, signal.SIGKILL)
-                rank.wait()
+    given = ["--methods", *methods, "--backbones", *backbones, "--micro-batches", str(micro_batches)]
+    with tempfile.TemporaryDirectory() as folder:
+        run_ranks([__file__, "--rank-into", folder, *given], world, timeout=600)
         return [torch.load(Path(folder) / f"rank{rank}.pt") for rank in range(world)]
 
 

@@ -124,7 +124,7 @@ def _medpretrain(*arguments: str, log: Path) -> None:
 
 def markdown(rows: list[dict[str, Any]], about: str) -> str:
     lines = [
-        "| method | images | metric | untrained | trained | least gain | seeds | loss, first and last | minutes a run |",
+        "| method | images | metric | untrained | trained | least gain | seeds | loss, first, last | minutes a run |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for method in dict.fromkeys(row["method"] for row in rows):
@@ -170,10 +170,10 @@ def main() -> None:
     margins = " and ".join(f"{margin} in {metric} on {name}" for name, (metric, margin) in MARGIN.items())
     import torch
 
+    machine = f"{len(os.sched_getaffinity(0))} cores {platform.machine()}, torch {torch.__version__}"
     about = (
-        f"`python benchmarks/learn.py`: {len(os.sched_getaffinity(0))} cores {platform.machine()}, {given.jobs} runs at "
-        f"a time on one thread each, torch {torch.__version__}. kNN (k 20) on the test split, before and after; asked "
-        f"for is a gain of {margins} in every seed."
+        f"`python benchmarks/learn.py`: {machine}, {given.jobs} runs at a time on one thread each. kNN (k 20) on the "
+        f"test split, before and after; asked for is a gain of {margins} in every seed."
     )
     text = markdown(rows, about)
     print(text)

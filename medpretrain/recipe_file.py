@@ -169,6 +169,8 @@ def _with_checked_method(
             raise refuse(("views",), f"method {name} needs the view {view!r}")
         if least and recipe.views[view].count < least:
             raise refuse(("views", view, "count"), f"method {name} needs at least {least} views {view!r} of each image")
+        if method.exact_views and recipe.views[view].count > least:
+            raise refuse(("views", view, "count"), f"method {name} uses exactly {least} views {view!r} of each image")
     if method.labels != "none" and not recipe.data.labels:
         raise refuse(("data", "labels"), f"method {name} learns from labels; name them, as in [modality, anatomy]")
     return recipe.model_copy(update={"method": options.model_dump(mode="json")})

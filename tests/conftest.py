@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -54,3 +56,20 @@ def colour_dataset(tmp_path_factory) -> Path:
             Image.fromarray(pixels.astype(np.uint8)).save(folder / "images" / name / f"q{image}_{number}.png")
     prepare(folder / "images", folder / "shards", split=SPLIT, shard_size=8)
     return folder / "shards"
+
+
+@pytest.fixture(scope="session")
+def exactness():
+    """The harness of benchmarks/exactness.py."""
+    script = Path(__file__).parents[1] / "benchmarks" / "exactness.py"
+    spec = importlib.util.spec_from_file_location("exactness", script)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["exactness"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def run_ranks(exactness):
+    """run_ranks(arguments, world): `python *arguments` as each rank of a gloo group; all must end with 0."""
+    return exactness.run_ranks

@@ -31,6 +31,7 @@ class AmimvOptions(MomentumOptions):
 class Amimv(MomentumEncoder):
     options = AmimvOptions
     view_kinds: ClassVar[Mapping[str, int]] = {"normalised": 1, "augmented": 1}
+    exact_views: ClassVar[bool] = True
     opt: AmimvOptions
 
     def __init__(self, options: AmimvOptions, backbone: Backbone, data: TrainingSet) -> None:

@@ -84,6 +84,8 @@ class Method(nn.Module, ABC):
     options: ClassVar[type[MethodOptions]]
     view_kinds: ClassVar[Mapping[str, int]]
     """The kinds of views it takes and how many of each there must be; the first kind is what is seen at evaluation."""
+    exact_views: ClassVar[bool] = False
+    """Whether it has no use for more views of a kind than that."""
     labels: ClassVar[LabelKinds] = "none"
     """How many label kinds it learns from: none, exactly one, or at least one."""
     collapse_causes: ClassVar[str] = "a lower optim.lr or a longer optim.warmup are the usual cures"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import model_validator
 from torch import Tensor
@@ -11,7 +11,7 @@ from medpretrain.data.batches import Batch
 from medpretrain.losses.redundancy import byol
 from medpretrain.methods.base import Backbone, Outputs, Progress, TrainingSet
 from medpretrain.methods.momentum import Fraction, MomentumEncoder, MomentumOptions
-from medpretrain.methods.two_views import Widths, two_views
+from medpretrain.methods.two_views import Widths
 from medpretrain.models.heads import projection_mlp
 
 
@@ -36,6 +36,7 @@ class ByolOptions(MomentumOptions):
 
 class Byol(MomentumEncoder):
     options = ByolOptions
+    exact_views: ClassVar[bool] = True
     collapse_causes = "a method.momentum nearer to 1, a lower optim.lr or a longer optim.warmup are the usual cures"
     opt: ByolOptions
 
@@ -49,4 +50,4 @@ class Byol(MomentumEncoder):
         )
 
     def loss(self, outputs: Outputs, batch: Batch, progress: Progress) -> Tensor:
-        return byol(*(two_views(outputs[name], self.opt.name) for name in ("query", "key")))
+        return byol(outputs["query"].transpose(0, 1), outputs["key"].transpose(0, 1))

@@ -42,6 +42,7 @@ class Kcl(MomentumEncoder):
 
     options: ClassVar[type[KPositiveOptions]] = KclOptions
     labels: ClassVar[LabelKinds] = "one"
+    exact_views: ClassVar[bool] = True
     symmetric: ClassVar[bool] = False
     opt: KPositiveOptions
 

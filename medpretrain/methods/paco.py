@@ -35,7 +35,8 @@ class PacoOptions(MomentumOptions):
 class Paco(MomentumEncoder):
     options = PacoOptions
     labels: ClassVar[LabelKinds] = "one"
-    symmetric = False
+    exact_views: ClassVar[bool] = True
+    symmetric: ClassVar[bool] = False
     opt: PacoOptions
 
     def __init__(self, options: PacoOptions, backbone: Backbone, data: TrainingSet) -> None:

@@ -17,18 +17,6 @@ Widths = Annotated[tuple[Annotated[int, Ge(1)], ...], MinLen(1)]
 """Of the layers of an MLP, the output last."""
 
 
-def two_views(x_NVD: Tensor, method: str) -> Tensor:
-    """The two views one after the other, (2, N, D).
-
-    Raises:
-        UserError: there are more or fewer than two.
-    """
-    views = x_NVD.shape[1]
-    if views != 2:
-        raise UserError(f"{method} compares exactly two views of each image: set views.crop.count to 2, not {views}")
-    return x_NVD.transpose(0, 1)
-
-
 class TwoViewOptions(MethodOptions):
     projector: Widths = (8192, 8192, 8192)
 
@@ -40,6 +28,7 @@ class TwoViews(JointEmbedding):
     Each view has a pass of its own, as in the papers, so BatchNorm sees one view at a time.
     """
 
+    exact_views: ClassVar[bool] = True
     one_pass: ClassVar[bool] = False
 
     def __init__(self, options: TwoViewOptions, backbone: Backbone, data: TrainingSet) -> None:
@@ -55,8 +44,7 @@ class TwoViews(JointEmbedding):
             raise UserError(f"{options.name} takes statistics over the global batch: set train.global_batch above 1")
 
     def loss(self, outputs: Outputs, batch: Batch, progress: Progress) -> Tensor:
-        z1, z2 = two_views(gather(outputs["z"]), self.opt.name)
-        return self.compare(z1, z2)
+        return self.compare(*gather(outputs["z"]).unbind(dim=1))
 
     def compare(self, z1_MD: Tensor, z2_MD: Tensor) -> Tensor:
         """The loss of the global batch's embeddings."""

@@ -39,7 +39,7 @@ def build_backbone(recipe: Recipe) -> Backbone:
     return cast("Backbone", backbone)
 
 
-def training_set(recipe: Recipe, dataset: Mixture, order: SampleSequence) -> TrainingSet:
+def training_set(recipe: Recipe, dataset: Mixture, order: SampleSequence | None = None) -> TrainingSet:
     """The images and labels a recipe trains on.
 
     Counts of classes are those of the split. Where `order` balances the classes of a label they are those of the images

@@ -2,24 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 
 from medpretrain.methods import METHODS
-
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "exactness.py"
-
-
-@pytest.fixture(scope="module")
-def exactness():
-    spec = importlib.util.spec_from_file_location("exactness", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["exactness"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_every_method_is_tried(exactness):

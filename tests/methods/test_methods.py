@@ -111,15 +111,22 @@ def test_the_head_ends_in_a_layer_of_unit_rows():
     assert head(features).abs().max() <= 1 + 1e-6
 
 
-def test_a_teacher_in_training_mode_drops_no_path():
+@pytest.mark.parametrize("name", ["dino", "moco_v3"])
+def test_an_encoder_that_follows_drops_no_path_in_training_mode(name):
     from medpretrain.models.backbones import create_backbone
 
     torch.manual_seed(0)
     backbone = create_backbone("vit_tiny_patch16_224", channels=1, image_size=32, drop_path=0.9)
-    method = Dino(DinoOptions(prototypes=4, hidden=4, bottleneck=4), backbone, NO_LABELS).train()
+    chosen = method_class(name)
+    method = chosen(chosen.options(), backbone, NO_LABELS).train()
+    trained, follows = (
+        (method.student, method.teacher)
+        if name == "dino"
+        else (method.encoder["backbone"], method.momentum_encoder["backbone"])
+    )
     x = images(4, 32)
-    assert torch.equal(method.teacher(x), method.teacher(x))
-    assert not torch.equal(method.student(x), method.student(x))
+    assert torch.equal(follows(x), follows(x))
+    assert not torch.equal(trained(x), trained(x))
 
 
 @pytest.mark.parametrize("fusion", ["mean", "product", "concat"])

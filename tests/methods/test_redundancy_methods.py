@@ -93,13 +93,6 @@ def test_byols_loss_is_between_each_prediction_and_the_other_views_target():
     torch.testing.assert_close(method.loss(outputs, batch(), progress()), expected)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_three_views_are_refused_with_the_key_to_change(name):
-    method = build(name)
-    with pytest.raises(UserError, match=rf"{name} compares exactly two views .*views\.crop\.count to 2, not 3"):
-        method.loss(method(two_crops(count=3)), batch(), progress())
-
-
 @pytest.mark.parametrize("method", [BarlowTwins, VicReg])
 def test_a_batch_of_one_has_no_statistics(method):
     with pytest.raises(UserError, match=r"train\.global_batch"):

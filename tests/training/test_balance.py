@@ -12,7 +12,6 @@ import torch
 from data_prep.errors import UserError
 from medpretrain.data.balance import balanced_order
 from medpretrain.data.mixture import Mixture
-from medpretrain.data.order import InOrder
 from medpretrain.recipe_file import load_recipe
 from medpretrain.training import checkpoint, loop
 from medpretrain.training.build import load_run, training_set
@@ -85,7 +84,7 @@ def test_another_balance_is_another_run(recipe, tmp_path):
 def test_counts_of_every_label_are_those_of_the_images_as_seen(recipe, mixture):
     """Or weights by counts would balance what is balanced already."""
     rows, ids, modality = mixture.rows("train"), mixture.labels("class"), mixture.labels("modality")
-    plain = training_set(recipe(), mixture, InOrder(len(rows)))
+    plain = training_set(recipe(), mixture)
     assert plain.counts["class"] == tuple(np.bincount(ids[rows]))
     assert plain.samples == len(rows)
     for how in ("over", "under"):

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import socket
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -242,31 +238,12 @@ def test_a_run_places_the_prototype_of_the_majority_among_the_images_it_starts_f
 
 
 @pytest.mark.distributed
-def test_two_ranks_place_the_prototypes_of_one(two_classes, recipe, tmp_path):
+def test_two_ranks_place_the_prototypes_of_one(two_classes, recipe, tmp_path, run_ranks):
     """Each embeds its own images of every global batch, and both see all embeddings in the same order."""
     chosen = recipe(two_classes, "train.steps=1", method="supervised_prototypes")
     expected = checkpoint.load(loop.train(chosen).checkpoint)[0]["method"]["prototypes"]
-    command = [sys.executable, "-m", "medpretrain.cli", "train", str(tmp_path / "surveyed.yaml"), "train.steps=1"]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    ranks = [
-        subprocess.Popen(
-            [*command, f"run.dir={tmp_path / 'two'}"],
-            env=os.environ | place | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-        )
-        for rank in "01"
-    ]
-    try:
-        for rank in ranks:
-            _, errors = rank.communicate(timeout=120)
-            assert rank.returncode == 0, errors.decode()[-3000:]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
+    command = ["-m", "medpretrain.cli", "train", str(tmp_path / "surveyed.yaml"), "train.steps=1"]
+    run_ranks([*command, f"run.dir={tmp_path / 'two'}"], 2)
     found = checkpoint.load(checkpoint.newest(tmp_path / "two"))[0]["method"]["prototypes"]
     assert found.any()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
