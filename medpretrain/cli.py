@@ -39,12 +39,10 @@ def recipes(context: typer.Context) -> None:
     if context.invoked_subcommand is not None:
         return
     table = Table(box=None)
-    for column in ("recipe", "method", "backbone"):
-        table.add_column(column, no_wrap=True)
+    table.add_column("recipe", no_wrap=True)
     table.add_column("about")
     for name in recipe_files():
-        recipe = load_recipe(name)
-        table.add_row(name, str(recipe.method["name"]), recipe.backbone.name, recipe.about)
+        table.add_row(name, load_recipe(name).about)
     Console().print(table)
 
 

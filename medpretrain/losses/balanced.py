@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from medpretrain.losses.contrastive import Pairs, at_least_float32, contrastive_loss
@@ -59,31 +58,6 @@ def balanced_contrastive(
     return contrastive_loss(
         pairs.anchors_AD, [pairs.keys_KD, prototypes_CD], same_class, temperature=temperature, own_A=pairs.own_A
     )
-
-
-def logit_adjusted_cross_entropy(
-    logits_AC: Tensor, labels_A: Tensor, log_prior_C: Tensor, *, known_total: Tensor | int, share: float
-) -> Tensor:
-    """This process's part of the mean cross-entropy of logits + log prior over the known labels of the global batch.
-
-    Menon et al. 2021, equation 10 with tau = 1. The mean over equal processes of what it returns is that mean, also
-    where they have different numbers of known labels; it is 0 where no label is known.
-
-    Args:
-        logits_AC: of this process's anchors.
-        labels_A: their classes; -1, unknown, adds nothing.
-        log_prior_C: the logarithm of each class's frequency in training, finite.
-        known_total: anchors of known label in the global batch.
-        share: this process's part of the global batch, in (0, 1].
-
-    >>> logits_AC, log_prior = torch.zeros(2, 2), torch.tensor([0.25, 0.75]).log()
-    >>> loss = logit_adjusted_cross_entropy(logits_AC, torch.tensor([0, -1]), log_prior, known_total=1, share=1.0)
-    >>> round(loss.item(), 4)  # log 4
-    1.3863
-    """
-    adjusted = at_least_float32(logits_AC) + log_prior_C
-    total = F.cross_entropy(adjusted, labels_A, ignore_index=-1, reduction="sum")
-    return total / torch.as_tensor(known_total, device=total.device).clamp(min=1) / share
 
 
 def parametric_contrastive(

@@ -80,6 +80,17 @@ def binary_cross_entropy(
     return torch.where(targets_NC >= 0, loss_NC, 0.0).sum(dim=1)
 
 
+def share_of_the_mean(sums_N: Tensor, divisor: Tensor, part: float) -> Tensor:
+    """What one of equal processes returns so that the mean over them is a mean over the global batch.
+
+    Args:
+        sums_N: of this process's samples.
+        divisor: of the global batch, a scalar; where it is 0, so are all the sums.
+        part: of the global batch that this process has, in (0, 1].
+    """
+    return sums_N.sum() / torch.where(divisor > 0, divisor, 1) / part
+
+
 def inverse_frequency(counts: Sequence[int]) -> list[float]:
     """Weights N / (C n_c) of the C classes with images, of N images together; 0 for the others.
 

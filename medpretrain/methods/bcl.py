@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from data_prep.errors import UserError
 from medpretrain.data.batches import Batch, Views
-from medpretrain.losses.balanced import balanced_contrastive, logit_adjusted_cross_entropy
+from medpretrain.losses.balanced import balanced_contrastive
+from medpretrain.losses.classification import cross_entropy, share_of_the_mean
 from medpretrain.methods.base import Backbone, MethodOptions, Outputs, Progress, TrainingSet, image_first
 from medpretrain.methods.class_prior import ClassPrior, refuse_a_single_class
 from medpretrain.methods.supcon import Labelled, LabelledOptions
@@ -61,13 +62,10 @@ class Bcl(Labelled):
         logits = outputs["logits"]
         images, views, _ = logits.shape
         labels_M = self.prior(batch.labels[self.data.label])
-        classification = logit_adjusted_cross_entropy(
-            logits.flatten(0, 1),
-            labels_M[batch.first : batch.first + images].repeat_interleave(views),
-            self.prior.log_prior,
-            known_total=(labels_M >= 0).sum() * views,
-            share=images / batch.size,
-        )
+        own = labels_M[batch.first : batch.first + images].repeat_interleave(views)
+        # Logits adjusted by the prior: equation 10 of Menon et al. 2021 with tau = 1.
+        sums = cross_entropy(logits.flatten(0, 1) + self.prior.log_prior, own)
+        classification = share_of_the_mean(sums, (labels_M >= 0).sum() * views, images / batch.size)
         return self.opt.classification_weight * classification + contrast
 
     def supervised(self, z_VND: Tensor, keys_VMD: Tensor, batch: Batch) -> Tensor:

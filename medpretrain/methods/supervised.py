@@ -15,6 +15,7 @@ from medpretrain.losses.classification import (
     cross_entropy,
     effective_number,
     inverse_frequency,
+    share_of_the_mean,
 )
 from medpretrain.losses.supervised import multi_hot
 from medpretrain.methods.base import (
@@ -135,14 +136,3 @@ def multi_hot_or_unknown(ids: list[Tensor], sizes: list[int]) -> Tensor:
     """
     known = torch.cat([(kind >= 0)[:, None].expand(-1, size) for kind, size in zip(ids, sizes, strict=True)], dim=1)
     return torch.where(known, multi_hot(ids, sizes), -1)
-
-
-def share_of_the_mean(sums_n: Tensor, divisor: Tensor, part: float) -> Tensor:
-    """What a rank's samples add to a mean of the global batch, times the ranks, so that the mean over ranks is it.
-
-    Args:
-        sums_n: of this rank's samples.
-        divisor: of the global batch; where it is 0, so are all the sums.
-        part: of the global batch that this rank has.
-    """
-    return sums_n.sum() / torch.where(divisor > 0, divisor, 1) / part

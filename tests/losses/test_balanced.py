@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from medpretrain.losses import contrastive
 from medpretrain.losses.balanced import (
     balanced_contrastive,
-    logit_adjusted_cross_entropy,
     parametric_contrastive,
     subclass_contrastive,
 )
+from medpretrain.losses.classification import cross_entropy, share_of_the_mean
 from medpretrain.losses.instance import nt_xent
 from medpretrain.losses.supervised import sup_con
 
@@ -144,38 +144,6 @@ def test_the_contrast_of_sub_classes_equals_the_equation(views, images, seed, ea
     same_value_and_gradients(ours, theirs, (z,))
 
 
-@given(anchors=st.integers(1, 6), seed=st.integers(0, 10**6))
-@settings(max_examples=20, deadline=None)
-def test_the_adjusted_cross_entropy_equals_the_equation(anchors, seed):
-    torch.manual_seed(seed)
-    logits, prior = random(anchors, CLASSES), torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64)
-    labels = torch.randint(-1, CLASSES, (anchors,))
-    known = [(n, y) for n, y in enumerate(labels.tolist()) if y >= 0]
-    theirs = 0.0 * logits.sum()
-    for n, y in known:
-        odds = sum(prior[c] * torch.exp(logits[n, c]) for c in range(CLASSES))
-        theirs = theirs - torch.log(prior[y] * torch.exp(logits[n, y]) / odds) / len(known)
-    ours = logit_adjusted_cross_entropy(logits, labels, prior.log(), known_total=len(known), share=1.0)
-    same_value_and_gradients(ours, theirs, (logits,))
-
-
-def test_parts_with_unequal_numbers_of_known_labels_have_the_mean_over_all_known():
-    torch.manual_seed(0)
-    logits, prior = random(8, CLASSES), torch.full((CLASSES,), 1 / CLASSES, dtype=torch.float64).log()
-    labels = torch.tensor([0, 1, 2, 0, -1, -1, -1, 2])
-    whole = logit_adjusted_cross_entropy(logits, labels, prior, known_total=5, share=1.0)
-    parts = [
-        logit_adjusted_cross_entropy(
-            logits[f : f + 4], labels[f : f + 4], prior, known_total=torch.tensor(5), share=0.5
-        )
-        for f in (0, 4)
-    ]
-    torch.testing.assert_close(sum(parts) / 2, whole)
-    unknown = logit_adjusted_cross_entropy(logits, torch.full((8,), -1), prior, known_total=0, share=1.0)
-    assert unknown == 0
-    assert torch.equal(torch.autograd.grad(unknown, logits)[0], torch.zeros_like(logits))
-
-
 def test_a_part_of_the_global_batch_has_its_share_of_the_loss():
     torch.manual_seed(1)
     z, prototypes = torch.randn(2, 8, 4, dtype=torch.float64), torch.randn(CLASSES, 4, dtype=torch.float64)
@@ -257,12 +225,11 @@ def test_degenerate_batches_are_finite(case, alike):
     prototypes = torch.zeros(CLASSES, 4, requires_grad=True)
     logits = (1e4 * torch.randn(images, CLASSES)).requires_grad_()
     prior = torch.tensor([1e-7, 0.5, 0.5]).log()
-    known = (labels >= 0).sum()
     total = (
         balanced_contrastive(z, labels, prototypes, temperature=0.07)
         + subclass_contrastive(z, labels, labels, temperature=0.07)
         + parametric_contrastive(z[0], [z[1]], logits, labels, labels, torch.arange(images), temperature=0.2)
-        + logit_adjusted_cross_entropy(logits, labels, prior, known_total=known, share=1.0)
+        + share_of_the_mean(cross_entropy(logits + prior, labels), (labels >= 0).sum(), 1.0)
     )
     assert math.isfinite(total.item())
     for gradient in torch.autograd.grad(total, (z, prototypes, logits)):
@@ -277,7 +244,7 @@ def test_low_precision_is_widened():
         balanced_contrastive(z, labels, torch.randn(CLASSES, 8), temperature=0.1),
         subclass_contrastive(z, labels, labels, temperature=0.1),
         parametric_contrastive(z[0], [z[1]], logits, labels, labels, torch.arange(4), temperature=0.2),
-        logit_adjusted_cross_entropy(logits, labels, torch.zeros(CLASSES), known_total=3, share=1.0),
+        cross_entropy(logits, labels).sum(),
     ]
     assert {loss.dtype for loss in losses} == {torch.float32}
 
