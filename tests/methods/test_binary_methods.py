@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 from data_prep.errors import UserError
 from medpretrain.data.batches import Batch
@@ -24,21 +23,11 @@ from medpretrain.methods.supervised_prototypes import (
     SupervisedPrototypesOptions,
     spherical_median,
 )
+from tests.methods.flat import Flat
 
 UNEQUAL = TrainingSet(20, {"class": ("a", "empty", "b")}, {"class": (15, 0, 5)})
 MINORITY, PROTOTYPES = SupervisedMinorityOptions(), SupervisedPrototypesOptions()
 START = Progress(step=0, total=10, epoch=0.0)
-
-
-class Flat(nn.Module):
-    num_features = 6
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(4, 6)
-
-    def forward(self, x):
-        return self.layer(F.adaptive_avg_pool2d(x, 2).flatten(1))
 
 
 def counted(*counts, names="abcdefgh"):

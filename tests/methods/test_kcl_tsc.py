@@ -8,7 +8,6 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from data_prep.errors import UserError
 from medpretrain.data.batches import Batch
@@ -18,21 +17,11 @@ from medpretrain.methods import kcl as kcl_module
 from medpretrain.methods.base import Progress, TrainingSet
 from medpretrain.methods.kcl import Kcl, KclOptions
 from medpretrain.methods.tsc import Tsc, TscOptions
+from tests.methods.flat import Flat
 
 DATA = TrainingSet(20, {"class": ("a", "b", "c")}, {"class": (5, 8, 7)}, seed=4)
 TINY = {"queue": 10, "positives": 2, "projector": (5,), "momentum": 0.9}
 PROGRESS = Progress(0, 10, 0.0)
-
-
-class Flat(nn.Module):
-    num_features = 6
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(4, 6)
-
-    def forward(self, x):
-        return self.layer(F.adaptive_avg_pool2d(x, 2).flatten(1))
 
 
 def build(kind, seed=0, **options):

@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from data_prep.errors import UserError
 from medpretrain.data.batches import Batch
@@ -19,6 +18,7 @@ from medpretrain.methods.bcl import Bcl, BclOptions
 from medpretrain.methods.paco import Paco, PacoOptions
 from medpretrain.methods.sbc import Sbc, SbcOptions
 from medpretrain.methods.subclasses import balanced_subclasses
+from tests.methods.flat import Flat
 
 COUNTS = (30, 0, 5, 65)  # the vocabulary names a class that has no image
 DATA = TrainingSet(104, {"class": ("a", "b", "c", "d")}, {"class": COUNTS})
@@ -29,17 +29,6 @@ BUILT = {
     "paco": lambda data=DATA: Paco(PacoOptions(projector=(5, 4), queue=16, momentum=0.5), Flat(), data),
     "sbc": lambda data=DATA: Sbc(SbcOptions(projector=(5, 4), warmup_epochs=0), Flat(), data),
 }
-
-
-class Flat(nn.Module):
-    num_features = 6
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(4, 6)
-
-    def forward(self, x):
-        return self.layer(F.adaptive_avg_pool2d(x, 2).flatten(1))
 
 
 def images(count):

@@ -7,7 +7,6 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from data_prep.errors import UserError
 from medpretrain.data.batches import Batch
@@ -20,23 +19,13 @@ from medpretrain.methods.dino import Dino, DinoOptions
 from medpretrain.methods.modan_mulsupcon import ModAnMulSupCon, MulSupConOptions
 from medpretrain.models.ema import follow
 from medpretrain.models.heads import DinoHead
+from tests.methods.flat import Flat
 
 NO_LABELS = TrainingSet(samples=20)
 ONE_LABEL = TrainingSet(20, {"class": ("a", "b")}, {"class": (5, 15)})
 LABELLED = TrainingSet(
     20, {"modality": ("CT", "MR"), "anatomy": ("lung", "hand", "head")}, {"modality": (8, 10), "anatomy": (2, 3, 4)}
 )
-
-
-class Flat(nn.Module):
-    num_features = 6
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(4, 6)
-
-    def forward(self, x):
-        return self.layer(F.adaptive_avg_pool2d(x, 2).flatten(1))
 
 
 def images(count, size=8):

@@ -23,6 +23,7 @@ from medpretrain.recipe import Recipe
 from medpretrain.training.build import build_method
 from medpretrain.training.process import Process
 from medpretrain.training.trainer import Trainer
+from tests.methods.flat import Flat
 
 DATA = TrainingSet(samples=40, seed=5)
 N = 6
@@ -37,17 +38,6 @@ NO_BATCHNORM = {
     "ressl": {"projector": [5], "queue": 17},
 }
 KINDS = {"moco_v3": ("crop", "crop"), "nnclr": ("crop", "crop"), "ressl": ("strong", "weak")}
-
-
-class Flat(nn.Module):
-    num_features = 6
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(4, 6)
-
-    def forward(self, x):
-        return self.layer(F.adaptive_avg_pool2d(x, 2).flatten(1))
 
 
 def built(name, options=SMALL):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from data_prep.errors import UserError
 from medpretrain.data.batches import Batch
 from medpretrain.losses.classification import effective_number
 from medpretrain.methods.base import Progress, TrainingSet
 from medpretrain.methods.supervised import Supervised, SupervisedOptions, class_weights
+from tests.methods.flat import Flat
 
 # No image is of the spleen.
 DATA = TrainingSet(
@@ -28,17 +28,6 @@ VARIANTS = [
     for loss in ("cross_entropy", "binary")
     for weighting, focusing in (("none", 0.0), ("inverse", 0.0), ("effective", 2.0))
 ]
-
-
-class Flat(nn.Module):
-    num_features = 6
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(4, 6)
-
-    def forward(self, x):
-        return self.layer(F.adaptive_avg_pool2d(x, 2).flatten(1))
 
 
 def build(data=DATA, **options):
