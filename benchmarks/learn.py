@@ -7,8 +7,8 @@
     python benchmarks/learn.py shards/mednist shards/breastmnist [--seeds 3] [--jobs 2] [--out benchmarks/results]
 
 Each method's shipped recipe, made small: ResNet-18, 32 pixels, 64 images a batch, AdamW, a few hundred steps. The
-binary methods see BreastMNIST and are judged by AUROC, the others MedNIST by accuracy; the test split, 20 neighbours. The
-margin is over the same backbone with the same seed, untrained. One that does not reach it ends the command with 1.
+binary methods see BreastMNIST and are judged by AUROC, the others MedNIST by accuracy: the test split, 20 neighbours.
+The margin is over the same backbone with the same seed, untrained. One that does not reach it ends the command with 1.
 """
 
 from __future__ import annotations

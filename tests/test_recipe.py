@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from data_prep.errors import UserError
+from medpretrain.methods import METHODS
 from medpretrain.recipe_file import dump_recipe, load_recipe, read_recipe, recipe_files
 
 RECIPE = """\
@@ -42,6 +43,11 @@ def test_every_shipped_recipe_reads_back_to_itself(name):
     assert recipe.about
     assert read_recipe(dump_recipe(recipe)) == recipe
     assert read_recipe(dump_recipe(recipe)).sha256 == recipe.sha256
+
+
+def test_every_method_has_a_recipe_of_its_name():
+    named = {(load_recipe(name).method["name"], name) for name in recipe_files()}
+    assert {method for method, name in named if name.startswith(method)} == set(METHODS)
 
 
 @pytest.mark.parametrize(
