@@ -166,3 +166,28 @@ def test_dino_is_computed_in_float32_from_low_precision_logits():
     exact = dino_by_the_equation(student.double(), teacher.double(), torch.zeros(9).double(), 0.1, 0.04)
     assert low.dtype == torch.float32
     assert math.isclose(low.item(), exact.item(), rel_tol=1e-5)
+
+
+DEGENERATE = {
+    "one image": [[1, 0]],
+    "a single class": [[1, 0]] * 4,
+    "one image a class": [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
+    "no labels": [[0, 0]] * 4,
+}
+
+
+@pytest.mark.parametrize("labels", DEGENERATE.values(), ids=DEGENERATE)
+@pytest.mark.parametrize("duplicated", [False, True])
+@pytest.mark.parametrize("temperature", [0.07, 1e-5])  # logits of 14, and of 100,000
+def test_degenerate_batches_have_finite_losses_and_gradients(labels, duplicated, temperature):
+    torch.manual_seed(6)
+    images = len(labels)
+    z = torch.randn(2, 1 if duplicated else images, 5).expand(2, images, 5).clone().requires_grad_()
+    losses = [
+        nt_xent(z, temperature=temperature),
+        mul_sup_con(z, torch.tensor(labels), temperature=temperature, threshold=0.3),
+        dino_loss(z, z.flip(0), torch.zeros(5), student_temperature=temperature, teacher_temperature=temperature / 2),
+    ]
+    for loss in losses:
+        assert math.isfinite(loss.item())
+        assert torch.autograd.grad(loss, z)[0].isfinite().all()
