@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from medpretrain.data.batches import Stream
 from medpretrain.losses.gather import gather
 from medpretrain.methods.base import Method, Progress
 from medpretrain.training.trainer import statistics_kept
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Surveyor:
         """A survey, if the method wants one; a collective."""
         if method.wants_survey(progress):
             stream = self.open_stream()
+            _log.info("step %d: embedding all %d training images", progress.step, len(stream))
             method.survey(self._embeddings(method, stream), stream.all_labels)
 
     @torch.no_grad()
