@@ -28,8 +28,8 @@ from typing import Any
 
 from medpretrain.methods import METHODS, method_class
 
-STEPS = {"labels": 200, "images": 400, "nnclr": 600}
-"""Without labels it takes longer; longest where neighbours are looked for among features that mean nothing yet."""
+STEPS = {"labels": 200, "images": 400, "byol": 600, "dino": 600, "nnclr": 600}
+"""Without labels it takes longer; longest where the target is made of features that mean nothing yet."""
 MARGIN = {"mednist": ("accuracy", 0.05), "breastmnist": ("auroc", 0.05)}
 BINARY = ("supervised_minority", "supervised_prototypes")
 RECIPES = {
