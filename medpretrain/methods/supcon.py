@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt
@@ -52,9 +53,9 @@ class Labelled(JointEmbedding):
             loss = loss + self.opt.instance_weight * apart
         return loss
 
+    @abstractmethod
     def supervised(self, z_VND: Tensor, keys_VMD: Tensor, batch: Batch) -> Tensor:
         """The labels' part: the mean over this rank's anchors, `keys_VMD` being the global batch."""
-        raise NotImplementedError
 
 
 class SupConOptions(LabelledOptions):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Annotated, ClassVar
 
 from annotated_types import Ge, MinLen
@@ -46,6 +47,6 @@ class TwoViews(JointEmbedding):
     def loss(self, outputs: Outputs, batch: Batch, progress: Progress) -> Tensor:
         return self.compare(*gather(outputs["z"]).unbind(dim=1))
 
+    @abstractmethod
     def compare(self, z1_MD: Tensor, z2_MD: Tensor) -> Tensor:
         """The loss of the global batch's embeddings."""
-        raise NotImplementedError
