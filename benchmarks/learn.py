@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -56,7 +57,13 @@ SMALL: dict[str, list[str]] = {
     "amimv": ["views.normalised.size=32", "views.augmented.size=32", MOMENTUM],
     "barlow_twins": [*STRONG, PROJECTOR],
     "bcl": [CROP, PROJECTOR],
-    "byol": [*STRONG, PROJECTOR, PREDICTOR, MOMENTUM],
+    "byol": [
+        *STRONG,
+        "method.projector=[1024, 256]",
+        "method.predictor=[1024, 256]",
+        "method.momentum=0.97",
+        "optim.lr=2.0e-3",
+    ],
     "dino": ["views.global.size=32", "views.local.size=24", "method.prototypes=512", "method.teacher_momentum=0.98"],
     "kcl": [CROP, PROJECTOR, QUEUE, MOMENTUM],
     "moco_v3": [*STRONG, PROJECTOR, PREDICTOR],
@@ -95,17 +102,18 @@ class Job:
 def run(job: Job) -> dict[str, Any]:
     """Train and evaluate in a process of its own; a row of the table."""
     folder = job.folder / f"{job.method}-{job.seed}"
-    found = folder / "knn.json"
-    if not found.is_file():  # so that a table that was stopped goes on
+    found, settings = folder / "knn.json", folder / "settings.json"
+    overrides = [f"data.path={job.shards}", f"run.dir={folder / 'run'}", f"seed={job.seed}", f"train.steps={job.steps}"]
+    train = ["train", job.recipe, *COMMON, *SMALL[job.method], *overrides]
+    # A table that was stopped goes on; a run with other settings is made anew.
+    if not settings.is_file() or json.loads(settings.read_text()) != train:
+        shutil.rmtree(folder, ignore_errors=True)
         started = time.perf_counter()
-        overrides = [f"data.path={job.shards}", f"run.dir={folder / 'run'}", f"seed={job.seed}"]
-        overrides.append(f"train.steps={job.steps}")
-        train = ["train", job.recipe, *COMMON, *SMALL[job.method], *overrides]
         _medpretrain(*train, log=folder / "train.log")
-        seconds = time.perf_counter() - started
-        (folder / "seconds").write_text(str(seconds))
+        (folder / "seconds").write_text(str(time.perf_counter() - started))
         knn = ["evaluate", "knn", str(folder / "run"), str(job.shards), "--baseline", "random", "--k", "20"]
         _medpretrain(*knn, "--device", "cpu", "--out", str(found), log=folder / "knn.log")
+        settings.write_text(json.dumps(train))
     results = json.loads(found.read_text())
     metric, margin = MARGIN[job.dataset]
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
