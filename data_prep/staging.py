@@ -13,6 +13,7 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -110,8 +111,9 @@ class Staging:
         ends = time.monotonic() + _PATIENCE
         while True:
             try:
-                self.state.mkdir(exist_ok=True)
-                if not (self.state / LOCK).is_file() and any(self.state.iterdir()):
+                with contextlib.suppress(FileExistsError):
+                    self.state.mkdir()
+                if self._foreign():
                     raise UserError(f"{self.state} is in the way and was not made by medpretrain")
                 self._lock(LOCK, fcntl.LOCK_EX if part is None else fcntl.LOCK_SH)
                 break
@@ -127,6 +129,17 @@ class Staging:
                 self._lock(f"{LOCK}-{part[0]}-of-{part[1]}", fcntl.LOCK_EX)
             except BlockingIOError:
                 raise UserError(f"another run is writing part {part[0]}/{part[1]} of {self.out}") from None
+
+    def _foreign(self) -> bool:
+        """Whether the hidden folder is no run's: a run makes its lock first of all and removes it last.
+
+        Looks twice, in this order, since other runs come and go meanwhile.
+        """
+        if not stat.S_ISDIR(os.lstat(self.state).st_mode):
+            return True
+        lock = self.state / LOCK
+        others = [file for file in self.state.iterdir() if file != lock]
+        return not lock.is_file() and any(file.exists() for file in others) and not lock.is_file()
 
     def _lock(self, name: str, kind: int, wait: bool = False) -> None:
         """Raises BlockingIOError where another holds it, FileNotFoundError where the file was taken away."""

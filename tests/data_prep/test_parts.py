@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -67,6 +68,20 @@ def test_parts_that_race_give_what_one_run_gives(tree: Path, tmp_path: Path, rng
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert contents(tmp_path / "out.private") == contents(tmp_path / "whole.private")
     assert sorted(os.listdir(tmp_path)) == ["go", "out", "out.private", "run.py", "tree", "whole", "whole.private"]
+
+
+def test_parts_may_come_and_go_at_any_moment(tmp_path: Path) -> None:
+    """Each makes the hidden folder or finds it, and the last one out removes it."""
+
+    def come_and_go(part: int) -> None:
+        for _ in range(300):
+            with Staging(tmp_path / "out", None, False, False).enter((part, 4)):
+                pass
+
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(come_and_go, part) for part in (1, 2, 3, 4)]:
+            done.result()
+    assert not os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
