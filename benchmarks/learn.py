@@ -4,7 +4,7 @@
         --drop-duplicates exact
     medpretrain prep images DATA/breastmnist/breastmnist.npz shards/breastmnist --labels breastmnist \\
         --drop-duplicates exact
-    python benchmarks/learn.py shards/mednist shards/breastmnist [--seeds 3] [--jobs 2] [--out benchmarks/results]
+    python benchmarks/learn.py shards/mednist shards/breastmnist [--seeds 0 1 2] [--jobs 2] [--out benchmarks/results]
 
 Each method's shipped recipe, made small: ResNet-18, 32 pixels, 64 images a batch, AdamW, a few hundred steps. The
 binary methods see BreastMNIST and are judged by AUROC, the others MedNIST by accuracy: the test split, 20 neighbours.
@@ -167,7 +167,7 @@ def main() -> None:
     parser.add_argument("mednist", type=Path)
     parser.add_argument("breastmnist", type=Path)
     parser.add_argument("--methods", nargs="+", default=sorted(METHODS), choices=sorted(METHODS))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--runs", type=Path, default=Path("runs/learn"), help="kept, so that a stopped table goes on")
     parser.add_argument("--out", type=Path)
@@ -176,7 +176,7 @@ def main() -> None:
     dataset = {method: "breastmnist" if method in BINARY else "mednist" for method in given.methods}
     jobs = [
         Job(method, seed, dataset[method], shards[dataset[method]], given.runs)
-        for seed in range(given.seeds)
+        for seed in given.seeds
         for method in given.methods
     ]
     rows = []

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -68,6 +71,44 @@ def test_parts_that_race_give_what_one_run_gives(tree: Path, tmp_path: Path, rng
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert contents(tmp_path / "out.private") == contents(tmp_path / "whole.private")
     assert sorted(os.listdir(tmp_path)) == ["go", "out", "out.private", "run.py", "tree", "whole", "whole.private"]
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+@pytest.mark.parametrize("moment", [0, 1])
+def test_another_part_comes_or_goes_between_two_looks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int, leaves: bool
+) -> None:
+    """Right before the first or the second look that a starting part takes at the hidden folder, another part makes it
+    or removes it."""
+    other = contextlib.ExitStack()
+    enter = Staging(tmp_path / "out", None, False, False).enter((2, 4))
+    if leaves:
+        other.enter_context(enter)
+    looks, happening = 0, False
+
+    def watched(look: Callable[[Path], Any]) -> Callable[[Path], Any]:
+        def before_the_look(path: Path) -> Any:
+            nonlocal looks, happening
+            if ".out.partial" in str(path) and not happening:
+                looks += 1
+                if looks == moment + 1:
+                    happening = True
+                    if leaves:
+                        other.close()
+                    else:
+                        other.enter_context(enter)
+                    happening = False
+            return look(path)
+
+        return before_the_look
+
+    for look in ("is_file", "is_dir", "exists", "iterdir"):
+        monkeypatch.setattr(Path, look, watched(getattr(Path, look)))
+    with other, Staging(tmp_path / "out", None, False, False).enter((1, 4)):
+        pass
+    assert looks > moment
+    monkeypatch.undo()
+    assert not os.listdir(tmp_path)
 
 
 def test_parts_may_come_and_go_at_any_moment(tmp_path: Path) -> None:
