@@ -140,9 +140,16 @@ class Train(_Section):
     """BatchNorm over the global batch and not a process's part."""
     threads: Count | None = None
     """CPU threads of a process for torch; by default its share of the cores."""
-    checkpoint_every: Count = 500
-    """Steps; the last one always has a checkpoint."""
-    keep: Count = 3
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """What DeepSpeed takes apart: 1 the optimizer's state, 2 gradients too, 3 parameters too. Read where `strategy` is
+    deepspeed."""
+    checkpoint_activations: bool = False
+    """Keep only the inputs of the backbone's blocks, and compute the blocks again in the backward pass: less memory, a
+    third more time."""
+    compile: bool = False
+    """Compile the backbone with torch.compile."""
+    channels_last: bool = False
+    """Convolutions in the channels-last layout of memory, which tensor cores like."""
     log_every: Count = 10
 
     @model_validator(mode="after")
@@ -150,6 +157,38 @@ class Train(_Section):
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give either steps or epochs")
         return self
+
+
+class Checkpoint(_Section):
+    every: Count = 500
+    """Steps; the last one always has a checkpoint."""
+    keep: Count = 3
+    """How many of the newest stay."""
+    keep_every: Count | None = None
+    """Those of steps that this divides stay too."""
+    keep_best: str | None = None
+    """A metric, such as `loss`; the one in which it was lowest stays too."""
+    to: str | None = None
+    """A folder or a URL such as s3://bucket/run; by default the folder `checkpoints` of the run."""
+    background: bool = True
+    """Write while training goes on."""
+
+
+class Faults(_Section):
+    """What a run puts up with."""
+
+    skip: Annotated[int, Ge(0)] = 3
+    """Steps one after another whose loss or gradient is not finite, and whose update is left out, before a rollback."""
+    rollbacks: Annotated[int, Ge(0)] = 1
+    """Returns to the last good checkpoint before the run stops."""
+    replaced_samples: Annotated[int, Ge(0)] = 100
+    """Images of a process that do not decode, and in whose place another is seen, before the run stops."""
+    hang_s: Positive = 600.0
+    """Seconds without progress after which the run is ended; the rank that hangs is named."""
+    slow: Annotated[float, Gt(1)] = 1.5
+    """A rank that takes this many times as long as the others is named."""
+    restarts: Count = 3
+    """Restarts by torchrun or SLURM, one after another from the same step, before the run stops."""
 
 
 class Run(_Section):
@@ -164,8 +203,9 @@ class Tracking(_Section):
 
 
 _CHANGEABLE = (
-    *("about", "run.", "tracking.", "device", "data.path", "data.threads", "data.trace"),
-    *("train.threads", "train.checkpoint_every", "train.keep", "train.log_every", "train.micro_batches"),
+    *("about", "run.", "tracking.", "checkpoint.", "faults.", "device", "strategy"),
+    *("data.path", "data.threads", "data.trace", "train.threads", "train.log_every", "train.micro_batches"),
+    *("train.zero_stage", "train.checkpoint_activations", "train.compile", "train.channels_last"),
 )
 
 
@@ -183,6 +223,10 @@ class Recipe(_Section):
     """`name`, and the options of that method."""
     optim: Optim
     train: Train
+    strategy: Literal["ddp", "fsdp2", "deepspeed"] = "ddp"
+    """How the networks are spread over processes: whole on each, in parts by torch's FSDP2, or by DeepSpeed's ZeRO."""
+    checkpoint: Checkpoint = Checkpoint()
+    faults: Faults = Faults()
     run: Run = Run()
     tracking: Tracking = Tracking()
 
@@ -198,7 +242,8 @@ class Recipe(_Section):
         """The resolved values that decide what is trained, by dotted key.
 
         Left out is what may change between a run and its resumption: where data, run and tracker are (the data's
-        identity is the hash of each dataset, in their order), device, threads, and how often is logged and saved.
+        identity is the hash of each dataset, in their order), device, threads, strategy, and how often is logged and
+        saved.
         """
         return {key: value for key, value in flatten(self.resolved()) if not key.startswith(_CHANGEABLE)}
 

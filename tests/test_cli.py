@@ -18,7 +18,8 @@ backbone: {{name: test_resnet}}
 views: {{crop: {{size: 32, count: 2, crop: [0.3, 1]}}}}
 method: {{name: modan_mulsupcon}}
 optim: {{name: sgd, lr: 0.01}}
-train: {{steps: 3, global_batch: 8, checkpoint_every: 2, log_every: 1}}
+train: {{steps: 3, global_batch: 8, log_every: 1}}
+checkpoint: {{every: 2}}
 tracking: {{uri: none}}
 """
 

@@ -108,7 +108,7 @@ def train(recipe: Recipe, resume: Resume = "auto") -> Finished:
             if process.leads:
                 reporter.flush()
             state = trainer.state_dict() | {"dataset": dict(facts)}
-            return process.agreed(lambda: checkpoint.save(run, step, state, about, recipe.train.keep))
+            return process.agreed(lambda: checkpoint.save(run, step, state, about, recipe.checkpoint.keep))
 
         surveyor = Surveyor(lambda: survey_stream(recipe, dataset, process), recipe.train.precision)
         return _steps(recipe, stream, trainer, surveyor, reporter, save, step, total)
@@ -199,7 +199,7 @@ def _steps(
                     )
                 features = of_global_batch(measured.features)
                 reporter.report(step, loss, measured, features, epoch=step / stream.steps_per_epoch)
-            if last or step % every.checkpoint_every == 0:
+            if last or step % recipe.checkpoint.every == 0:
                 committed = save(step)
                 if last:
                     return Finished(run, step, committed)

@@ -28,7 +28,8 @@ backbone: {{name: test_resnet}}
 views: {{crop: {{size: 32, crop: [0.3, 1]}}}}
 method: {{name: supervised, weighting: inverse}}
 optim: {{name: sgd, lr: 0.01}}
-train: {{epochs: 1, global_batch: 8, checkpoint_every: 3, log_every: 1, threads: 1}}
+train: {{epochs: 1, global_batch: 8, log_every: 1, threads: 1}}
+checkpoint: {{every: 3}}
 device: cpu
 tracking: {{uri: none}}
 """

@@ -284,7 +284,8 @@ def test_dino_without_centring_collapses_in_a_run_and_is_told_again_when_resumed
                 "teacher_momentum": 0.5,
             },
             "optim": {"name": "adamw", "lr": 3e-3},
-            "train": {"steps": 24, "global_batch": 24, "threads": 1, "log_every": 1, "checkpoint_every": 12},
+            "train": {"steps": 24, "global_batch": 24, "threads": 1, "log_every": 1},
+            "checkpoint": {"every": 12},
             "run": {"dir": str(run)},
             "tracking": {"uri": "none"},
         }

@@ -24,7 +24,8 @@ backbone: {{name: test_resnet}}
 views: {{crop: {{size: 32, count: 2, crop: [0.3, 1]}}}}
 method: {{name: modan_mulsupcon}}
 optim: {{name: sgd, lr: 0.01}}
-train: {{steps: 6, global_batch: 8, checkpoint_every: 3, log_every: 1, threads: 1}}
+train: {{steps: 6, global_batch: 8, log_every: 1, threads: 1}}
+checkpoint: {{every: 3}}
 device: cpu
 tracking: {{uri: none}}
 """

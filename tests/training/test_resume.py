@@ -41,7 +41,8 @@ views: {VIEWS[method]}
 method: {{name: {method}, {OPTIONS[method]}}}
 optim: {{name: adamw, lr: 1.0e-3, weight_decay: 0.04, warmup: 0.2, clip: 3.0}}
 train:
-  {{steps: {STEPS}, global_batch: {BATCH}, deterministic: true, threads: 1, checkpoint_every: 3, log_every: 1, keep: 9}}
+  {{steps: {STEPS}, global_batch: {BATCH}, deterministic: true, threads: 1, log_every: 1}}
+checkpoint: {{every: 3, keep: 9}}
 tracking: {{uri: none}}
 """)
     return path

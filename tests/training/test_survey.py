@@ -33,7 +33,8 @@ backbone: {{name: {backbone}, drop_path: {drop_path}}}
 views: {{crop: {{size: 32, count: 2, crop: [0.3, 1], flip: 0.5, jitter: {{contrast: 0.4}}, noise: {{}}}}}}
 method: {{name: {method}, projector: [{projector}]}}
 optim: {{name: sgd, lr: 0.01}}
-train: {{steps: 4, global_batch: 8, checkpoint_every: 2, log_every: 1, threads: 1, deterministic: true}}
+train: {{steps: 4, global_batch: 8, log_every: 1, threads: 1, deterministic: true}}
+checkpoint: {{every: 2}}
 device: cpu
 tracking: {{uri: none}}
 """
