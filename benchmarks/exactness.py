@@ -12,7 +12,6 @@ be equal to the bit.
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 import platform
@@ -27,7 +26,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from medpretrain.checkpoints.parts import Part
 from medpretrain.data.batches import Batch, Views
 from medpretrain.losses.gather import mean_over_ranks
 from medpretrain.methods import METHODS, method_class
@@ -79,7 +80,15 @@ CASES = {
 }
 
 
-def recipe(method: str, backbone: str, *, micro_batches: int = 1, plain_heads: bool = False) -> Recipe:
+def recipe(
+    method: str,
+    backbone: str,
+    *,
+    micro_batches: int = 1,
+    plain_heads: bool = False,
+    strategy: str = "ddp",
+    **train: Any,
+) -> Recipe:
     kinds, options = method_class(method).view_kinds, CASES[method].options
     if plain_heads:
         options = options | {
@@ -98,7 +107,8 @@ def recipe(method: str, backbone: str, *, micro_batches: int = 1, plain_heads: b
             },
             "method": {"name": method, **options},
             "optim": {"name": "adamw", "lr": 1e-3, "weight_decay": 0.04},
-            "train": {"steps": 10, "global_batch": IMAGES, "micro_batches": micro_batches},
+            "train": {"steps": 10, "global_batch": IMAGES, "micro_batches": micro_batches} | train,
+            "strategy": strategy,
         }
     )
 
@@ -152,25 +162,27 @@ def trainer(chosen: Recipe, process: Process, dtype: torch.dtype) -> Trainer:
     return made
 
 
-def gradients(
-    process: Process, method: str, backbone: str, *, micro_batches: int = 1, plain_heads: bool = False
-) -> dict[str, Tensor]:
+def gradients(process: Process, method: str, backbone: str, **options: Any) -> dict[str, Tensor]:
     """The gradient of every parameter after some steps, the loss, and every buffer.
 
     Args:
-        plain_heads: linear heads, so that with a ViT there is no BatchNorm, whose statistics are a micro-batch's own.
+        options: of `recipe`; `plain_heads` are linear heads, so that with a ViT there is no BatchNorm, whose statistics
+            are a micro-batch's own.
     """
-    chosen = recipe(method, backbone, micro_batches=micro_batches, plain_heads=plain_heads)
+    chosen = recipe(method, backbone, **options)
     one = trainer(chosen, process, torch.float64)
     for step in range(STEPS):
         one.step(batch(chosen, step, process, torch.float64))
-    one.optimizer.zero_grad(set_to_none=True)
     last = batch(chosen, STEPS, process, torch.float64)
     loss, outputs = one.backward(last, one.progress(STEPS))
-    found = {name: value.grad for name, value in one.method.named_parameters() if value.grad is not None}
+    found = {name: _whole(value.grad) for name, value in one.method.named_parameters() if value.grad is not None}
     one.method.after_update(outputs, last, one.progress(STEPS))
     buffers = {f"buffer {name}": value for name, value in one.method.named_buffers()}
     return {name: value.cpu() for name, value in (found | buffers | {"loss": mean_over_ranks(loss)}).items()}
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def compare(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
@@ -190,25 +202,21 @@ def resumed_to_the_bit(method: str, backbone: str) -> bool:
     """Whether three steps, a file and three more are six steps."""
     chosen = recipe(method, backbone)
     whole = trainer(chosen, ALONE, torch.float32)
-    file = io.BytesIO()
     for step in range(2 * STEPS):
         if step == STEPS:
-            torch.save(whole.state_dict(), file)
+            kept = {part.name: part.values.clone() for part in whole.parts()}
         expected = whole.step(batch(chosen, step, ALONE, torch.float32)).loss
     other = trainer(chosen.model_copy(update={"seed": 1}), ALONE, torch.float32)
-    file.seek(0)
-    other.load_state_dict(torch.load(file, weights_only=True))
+    for part in other.parts():
+        part.values.copy_(kept[part.name])
+    other.loaded()
     for step in range(STEPS, 2 * STEPS):
         loss = other.step(batch(chosen, step, ALONE, torch.float32)).loss
-    return torch.equal(loss, expected) and _bits(other.state_dict()) == _bits(whole.state_dict())
+    return torch.equal(loss, expected) and _bits(other.parts()) == _bits(whole.parts())
 
 
-def _bits(state: Any) -> Any:
-    if isinstance(state, Tensor):
-        return state.dtype, tuple(state.shape), state.numpy().tobytes()
-    if isinstance(state, dict):
-        return {key: _bits(value) for key, value in state.items()}
-    return [_bits(value) for value in state] if isinstance(state, list | tuple) else state
+def _bits(parts: list[Part]) -> Any:
+    return [(part.name, part.values.dtype, tuple(part.values.shape), part.values.numpy().tobytes()) for part in parts]
 
 
 def run_ranks(arguments: list[str], world: int, *, timeout: float = 120) -> None:
@@ -237,13 +245,14 @@ def run_ranks(arguments: list[str], world: int, *, timeout: float = 120) -> None
 
 
 def on_ranks(
-    methods: list[str], backbones: list[str], world: int, micro_batches: int = 1
+    methods: list[str], backbones: list[str], world: int, micro_batches: int = 1, strategy: str = "ddp"
 ) -> list[dict[str, dict[str, Tensor]]]:
     """What each rank found, for every `method backbone`; real processes on loopback.
 
     With several micro-batches, with plain heads.
     """
     given = ["--methods", *methods, "--backbones", *backbones, "--micro-batches", str(micro_batches)]
+    given += ["--strategy", strategy]
     with tempfile.TemporaryDirectory() as folder:
         run_ranks([__file__, "--rank-into", folder, *given], world, timeout=600)
         return [torch.load(Path(folder) / f"rank{rank}.pt") for rank in range(world)]
@@ -287,6 +296,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=sorted(METHODS), choices=sorted(METHODS))
     parser.add_argument("--backbones", nargs="+", default=["resnet", "vit"])
     parser.add_argument("--worlds", nargs="+", type=int, default=[1, 2, 4])
+    parser.add_argument("--strategy", default="ddp", choices=["ddp", "fsdp2"])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--rank-into", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--micro-batches", type=int, default=1, help=argparse.SUPPRESS)
@@ -301,6 +311,7 @@ def main() -> None:
                     backbone,
                     micro_batches=given.micro_batches,
                     plain_heads=given.micro_batches > 1,
+                    strategy=given.strategy,
                 )
                 for method in given.methods
                 for backbone in given.backbones

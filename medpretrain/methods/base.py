@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -77,8 +77,8 @@ class Method(nn.Module, ABC):
     """Networks and the rules for training them; everything that changes over time is in the state dict.
 
     The loop calls, in each step: `forward` on each micro-batch of views, `loss` on the outputs of all of them,
-    `before_update` when gradients are there, `after_update` when the optimizer has stepped. Before a step for which
-    `wants_survey` is true it shows the method an embedding of every training image.
+    `after_update` when the optimizer has stepped. Before a step for which `wants_survey` is true it shows the method an
+    embedding of every training image.
     """
 
     options: ClassVar[type[MethodOptions]]
@@ -88,6 +88,10 @@ class Method(nn.Module, ABC):
     """Whether it has no use for more views of a kind than that."""
     labels: ClassVar[LabelKinds] = "none"
     """How many label kinds it learns from: none, exactly one, or at least one."""
+    freezable: ClassVar[Sequence[str]] = ()
+    """Names of parameters that are not trained at times."""
+    read_by_loss: ClassVar[Sequence[str]] = ()
+    """Names of modules whose parameters `loss` reads; a strategy that takes networks apart leaves these whole."""
     collapse_causes: ClassVar[str] = "a lower optim.lr or a longer optim.warmup are the usual cures"
     """What the collapse alarm adds: the likely cure."""
 
@@ -129,8 +133,9 @@ class Method(nn.Module, ABC):
     def loss(self, outputs: Outputs, batch: Batch, progress: Progress) -> Tensor:
         """The mean loss of this rank's images; its mean over equal ranks is the loss of the global batch."""
 
-    def before_update(self, progress: Progress) -> None:
-        """Change gradients before they are clipped and applied."""
+    def frozen(self, progress: Progress) -> bool:
+        """Whether `freezable` parameters stay as they are in this step."""
+        return False
 
     def after_update(self, outputs: Outputs, batch: Batch, progress: Progress) -> None:
         """Update what no gradient updates: teacher, centre, queue."""

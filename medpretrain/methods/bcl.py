@@ -30,6 +30,7 @@ class BclOptions(LabelledOptions):
 
 class Bcl(Labelled):
     options = BclOptions
+    read_by_loss = ("classifier", "prototypes")
     opt: BclOptions
 
     def __init__(self, options: BclOptions, backbone: Backbone, data: TrainingSet) -> None:

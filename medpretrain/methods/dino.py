@@ -42,6 +42,7 @@ class Dino(Method):
     options = DinoOptions
     view_kinds: ClassVar[Mapping[str, int]] = {"global": 1, "local": 0}
     collapse_causes = "a lower optim.lr, method.teacher_temperature or method.center_momentum are the usual cures"
+    freezable = ("student_head.prototypes",)
     center: Tensor
 
     def __init__(self, options: DinoOptions, backbone: Backbone, data: TrainingSet) -> None:
@@ -84,9 +85,8 @@ class Dino(Method):
             return end
         return start + (end - start) * progress.fraction / self.opt.teacher_warmup
 
-    def before_update(self, progress: Progress) -> None:
-        if progress.epoch < self.opt.freeze_last_layer_epochs:
-            self.student_head.prototypes.grad = None
+    def frozen(self, progress: Progress) -> bool:
+        return progress.epoch < self.opt.freeze_last_layer_epochs
 
     @torch.no_grad()
     def after_update(self, outputs: Outputs, batch: Batch, progress: Progress) -> None:

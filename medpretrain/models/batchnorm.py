@@ -6,6 +6,8 @@ CPU tensors, so on CPU the layer here is used; it serves tests and runs on sever
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -160,3 +162,38 @@ def _replacement(norm: _BatchNorm) -> GlobalBatchNorm:
     if isinstance(norm, BatchNormAct2d):
         new.drop, new.act = norm.drop, norm.act
     return new.train(norm.training)
+
+
+@contextmanager
+def statistics_kept(module: nn.Module) -> Iterator[None]:
+    """BatchNorm uses a batch's statistics but does not record them: a pass that will be repeated counts once."""
+    norms = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
+    recorded = [layer.track_running_stats for layer in norms]
+    for layer in norms:
+        layer.track_running_stats = False
+    try:
+        yield
+    finally:
+        for layer, was in zip(norms, recorded, strict=True):
+            layer.track_running_stats = was
+
+
+class Statistics:
+    """What the BatchNorm layers of `module` have recorded, to be taken back after a pass that must not count."""
+
+    def __init__(self, module: nn.Module) -> None:
+        norms = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
+        self._live = [buffer for layer in norms for buffer in layer.buffers(recurse=False)]
+        self._kept = [buffer.clone() for buffer in self._live]
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        """Remember them as they are now."""
+        if self._live:
+            torch._foreach_copy_(self._kept, self._live)
+
+    @torch.no_grad()
+    def take_back(self) -> None:
+        """Make them what they were when `keep` was called."""
+        if self._live:
+            torch._foreach_copy_(self._live, self._kept)

@@ -7,6 +7,15 @@ import copy
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+def held(parameter: Tensor) -> Tensor:
+    """What this process has of a parameter: under FSDP2 and ZeRO-3 a part, alike for parameters of one shape."""
+    if isinstance(parameter, DTensor):
+        return parameter.to_local()
+    part: Tensor = getattr(parameter, "ds_tensor", parameter)
+    return part
 
 
 def frozen_copy(module: nn.Module) -> nn.Module:
@@ -27,7 +36,7 @@ def follow(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
 
     Buffers stay: a teacher that sees its own views keeps its own BatchNorm statistics, as DINO's and MoCo's do.
     """
-    ours: list[Tensor] = list(teacher.parameters())
-    theirs: list[Tensor] = list(student.parameters())
+    ours = [held(parameter) for parameter in teacher.parameters()]
+    theirs = [held(parameter) for parameter in student.parameters()]
     assert len(ours) == len(theirs)
     torch._foreach_lerp_(ours, theirs, 1 - momentum)

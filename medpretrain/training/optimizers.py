@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, overload
 
 import torch
@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from data_prep.errors import UserError, nearest
 
 OptimizerName = Literal["sgd", "adamw", "lars"]
+
+WholeNorms = Callable[[Tensor, Sequence[Tensor]], Tensor]
+"""Norms of whole tensors, (N,), from those of the parts that this process has, and the parts themselves."""
 
 
 def build_optimizer(
@@ -25,13 +28,15 @@ def build_optimizer(
     betas: tuple[float, float],
     plain_lr: float | None = None,
     lr_scales: Mapping[nn.Parameter, float] | None = None,
+    freezable: Collection[str] = (),
+    whole_norms: WholeNorms | None = None,
 ) -> torch.optim.Optimizer:
     """An optimizer over groups {"decay": True} with weight decay and {"decay": False} without.
 
     Parameters with at most one dimension (norms, layer scales) and biases are plain: not decayed, and with a learning
     rate of their own where `plain_lr` is given. Frozen parameters are left out, a shared one counts once, an empty
     group is dropped. Whoever schedules weight decay writes it to the groups with `decay` alone, and whoever schedules
-    the learning rate writes its value times the group's `lr_scale`.
+    the learning rate writes its value times the group's `lr_scale`. A group marked `frozen` is not touched in a step.
 
     Args:
         module_parameters: what `module.named_parameters()` gives.
@@ -42,6 +47,8 @@ def build_optimizer(
         betas: of adamw; the other two do not read it.
         plain_lr: learning rate of the plain parameters, > 0; None: `lr`.
         lr_scales: factors on the learning rate of single parameters, see `layer_lr_scales`; 1 for all others.
+        freezable: names of parameters that are frozen at times; their groups are marked with it.
+        whole_norms: of lars, see there.
 
     Raises:
         UserError: an unknown name, or nothing to train.
@@ -53,7 +60,7 @@ def build_optimizer(
     >>> [(group["decay"], group["weight_decay"], group["lr"]) for group in optimizer.param_groups]
     [(True, 1e-06, 0.2), (False, 0.0, 0.05)]
     """
-    parts: dict[tuple[bool, float], list[nn.Parameter]] = defaultdict(list)
+    parts: dict[tuple[bool, float, bool], list[nn.Parameter]] = defaultdict(list)
     seen: set[int] = set()
     for path, parameter in module_parameters:
         if not parameter.requires_grad or id(parameter) in seen:
@@ -63,7 +70,7 @@ def build_optimizer(
         scale = 1.0 if lr_scales is None else lr_scales.get(parameter, 1.0)
         if plain and plain_lr is not None:
             scale *= plain_lr / lr
-        parts[not plain, scale].append(parameter)
+        parts[not plain, scale, path in freezable].append(parameter)
     if not parts:
         raise UserError("there is nothing to train: every parameter is frozen")
     groups: list[dict[str, Any]] = [
@@ -73,16 +80,37 @@ def build_optimizer(
             "weight_decay": weight_decay if decayed else 0.0,
             "lr": lr * scale,
             "lr_scale": scale,
+            "freezable": may_freeze,
+            "frozen": False,
         }
-        for (decayed, scale), parameters in sorted(parts.items(), key=lambda part: not part[0][0])
+        for (decayed, scale, may_freeze), parameters in sorted(parts.items(), key=lambda part: not part[0][0])
     ]
+    optimizer: torch.optim.Optimizer
     if name == "sgd":  # torch's fused one fails where a parameter has its first gradient later than the others
-        return torch.optim.SGD(groups, lr=lr, momentum=momentum)
-    if name == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
-    if name == "lars":
-        return Lars(groups, lr=lr, momentum=momentum)
-    raise UserError(f"unknown optimizer {name!r}{nearest(name, ['sgd', 'adamw', 'lars'])}")
+        optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum)
+    elif name == "adamw":
+        optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+    elif name == "lars":
+        optimizer = Lars(groups, lr=lr, momentum=momentum, whole_norms=whole_norms)
+    else:
+        raise UserError(f"unknown optimizer {name!r}{nearest(name, ['sgd', 'adamw', 'lars'])}")
+    optimizer.register_step_pre_hook(_leave_out_frozen)
+    return optimizer
+
+
+def _leave_out_frozen(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    for group in optimizer.param_groups:
+        if group["frozen"]:
+            for parameter in group["params"]:
+                parameter.grad = None
+
+
+def first_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """The state of a parameter before its first step, which the optimizer takes for none at all."""
+    if isinstance(optimizer, torch.optim.AdamW):
+        moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+        return {"step": torch.zeros((), device=parameter.device), **moments}
+    return {"momentum_buffer": torch.zeros_like(parameter)} if optimizer.defaults["momentum"] else {}
 
 
 def layer_lr_scales(backbone: nn.Module, decay: float) -> dict[nn.Parameter, float]:
@@ -132,6 +160,7 @@ class Lars(torch.optim.Optimizer):
         momentum: from 0 to below 1.
         weight_decay: >= 0, added to the gradient.
         eta: the trust coefficient, > 0.
+        whole_norms: norms of whole tensors from those of the parts that a process has, see `Strategy.whole_norms`.
 
     Raises:
         UserError: a value outside its range.
@@ -144,6 +173,7 @@ class Lars(torch.optim.Optimizer):
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         eta: float = 0.001,
+        whole_norms: WholeNorms | None = None,
     ) -> None:
         if not lr >= 0 or not 0 <= momentum < 1 or not weight_decay >= 0 or not eta > 0:
             raise UserError(
@@ -152,6 +182,7 @@ class Lars(torch.optim.Optimizer):
             )
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eta": eta, "decay": True}
         super().__init__(params, defaults)
+        self._whole_norms = whole_norms or (lambda norms, _: norms)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -173,8 +204,8 @@ class Lars(torch.optim.Optimizer):
         grads = [weight.grad for weight in weights if weight.grad is not None]
         if group["decay"]:
             decay = group["weight_decay"]
-            weight_norms = torch.stack(torch._foreach_norm(weights))
-            grad_norms = torch.stack(torch._foreach_norm(grads))
+            weight_norms = self._whole_norms(torch.stack(torch._foreach_norm(weights)), weights)
+            grad_norms = self._whole_norms(torch.stack(torch._foreach_norm(grads)), weights)
             ratios = group["eta"] * weight_norms / (grad_norms + decay * weight_norms)
             ratios = torch.where((weight_norms > 0) & (grad_norms > 0), ratios, torch.ones_like(ratios))
             deltas = torch._foreach_mul(torch._foreach_add(grads, weights, alpha=decay), list(ratios.unbind()))
@@ -193,37 +224,43 @@ class Lars(torch.optim.Optimizer):
 
 
 @torch.no_grad()
-def clip_per_parameter_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-    """Scale each parameter's own gradient to an L2 norm of at most `max_norm`, in place (DINO, Caron et al. 2021).
+def l2_norms(tensors: Sequence[Tensor | None]) -> Tensor:
+    """The L2 norm of each tensor, (N,), 0 where there is none.
 
-    g = g * min(1, max_norm / (|g| + 1e-6)) for each parameter alone, unlike a clip of the global norm.
+    >>> l2_norms([torch.tensor([3.0, 4.0]), None])
+    tensor([5., 0.])
+    """
+    there = [(place, tensor) for place, tensor in enumerate(tensors) if tensor is not None]
+    norms = torch.zeros(len(tensors))
+    if there:
+        found = torch.stack(torch._foreach_norm([tensor for _, tensor in there]))
+        norms = found.new_zeros(len(tensors))
+        norms[[place for place, _ in there]] = found
+    return norms
+
+
+@torch.no_grad()
+def clip_(gradients: Sequence[Tensor | None], norms_N: Tensor, max_norm: float, *, each: bool) -> None:
+    """Scale gradients to an L2 norm of at most `max_norm`, in place.
+
+    g = g * min(1, max_norm / (|g| + 1e-6)), where |g| is the norm of all together or, with `each`, of that gradient
+    alone (DINO, Caron et al. 2021).
 
     Args:
-        parameters: those without a gradient are passed over.
+        norms_N: of the whole gradients, of which `gradients` may be parts.
         max_norm: > 0; DINO uses 3.0.
 
-    Returns:
-        The largest norm before the clip, a scalar in float32 that stays on the device of the gradients; 0 for none.
-
-    Raises:
-        UserError: `max_norm` is not positive.
-
-    >>> weight = nn.Parameter(torch.zeros(2))
-    >>> weight.grad = torch.tensor([3.0, 4.0])
-    >>> clip_per_parameter_([weight], max_norm=1.0)
-    tensor(5.)
-    >>> weight.grad
+    >>> gradient = torch.tensor([3.0, 4.0])
+    >>> clip_([gradient], torch.tensor([5.0]), 1.0, each=True)
+    >>> gradient
     tensor([0.6000, 0.8000])
     """
-    if not max_norm > 0:
-        raise UserError(f"gradients can be clipped to a norm above 0, not to {max_norm}")
-    largest = torch.zeros(())
-    for grads in _alike([parameter.grad for parameter in parameters if parameter.grad is not None]):
-        norms = torch.stack(torch._foreach_norm(grads))
-        scales = (max_norm / (norms + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(grads, list(scales.unbind()))
-        largest = torch.maximum(largest.to(norms.device), norms.max().float())
-    return largest
+    assert max_norm > 0
+    reference = norms_N if each else norms_N.norm().expand(len(norms_N))
+    scales = (max_norm / (reference + 1e-6)).clamp(max=1.0)
+    there = [(gradient, scales[place]) for place, gradient in enumerate(gradients) if gradient is not None]
+    if there:
+        torch._foreach_mul_([gradient for gradient, _ in there], [scale for _, scale in there])
 
 
 def _alike(tensors: Iterable[Tensor]) -> list[list[Tensor]]:

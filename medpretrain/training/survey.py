@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from medpretrain.data.batches import Stream
 from medpretrain.losses.gather import gather
 from medpretrain.methods.base import Method, Progress
-from medpretrain.training.trainer import statistics_kept
+from medpretrain.models.batchnorm import statistics_kept
 
 _log = logging.getLogger(__name__)
 

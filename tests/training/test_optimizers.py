@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from data_prep.errors import UserError
-from medpretrain.training.optimizers import Lars, build_optimizer, clip_per_parameter_, layer_lr_scales
+from medpretrain.training.optimizers import Lars, build_optimizer, clip_, l2_norms, layer_lr_scales
 
 
 def network():
@@ -237,26 +237,25 @@ def test_lars_refuses_a_negative_rate():
         Lars([nn.Parameter(torch.ones(1))], lr=-1)
 
 
-def test_clip_acts_on_each_parameter_alone():
+@pytest.mark.parametrize("each", [False, True])
+def test_gradients_are_clipped_alone_or_together(each):
     torch.manual_seed(0)
-    scales = [0.1, 1.0, 100.0, 0.0]
-    parameters = [nn.Parameter(torch.zeros(3, 5, dtype=torch.float64)) for _ in scales]
-    parameters.append(nn.Parameter(torch.zeros(7)))  # another dtype, clipped in the same call
-    parameters.append(nn.Parameter(torch.zeros(1)))  # no gradient
-    for parameter, scale in zip(parameters, [*scales, 50.0], strict=False):
-        parameter.grad = torch.randn_like(parameter) * scale
-    expected = []
-    for parameter in parameters[:-1]:
-        norm = parameter.grad.square().sum().sqrt()
-        expected.append(parameter.grad * min(1.0, 3.0 / (norm.item() + 1e-6)))
-    largest = max(p.grad.norm().item() for p in parameters[:-1])
-    assert clip_per_parameter_(parameters, 3.0).item() == pytest.approx(largest)
-    for parameter, grad in zip(parameters, expected, strict=False):
-        torch.testing.assert_close(parameter.grad, grad)
-    assert parameters[-1].grad is None
+    gradients = [torch.randn(3, 5, dtype=torch.float64) * scale for scale in (0.1, 1.0, 100.0, 0.0)]
+    gradients.insert(1, None)
+    norms = [0.0 if grad is None else grad.square().sum().sqrt().item() for grad in gradients]
+    assert l2_norms(gradients).tolist() == pytest.approx(norms)
+    total = sum(norm**2 for norm in norms) ** 0.5
+    expected = [
+        grad if grad is None else grad * min(1.0, 3.0 / ((norm if each else total) + 1e-6))
+        for grad, norm in zip(gradients, norms, strict=True)
+    ]
+    clip_(gradients, l2_norms(gradients), 3.0, each=each)
+    for grad, wanted in zip(gradients, expected, strict=True):
+        assert (grad is None) == (wanted is None)
+        if grad is not None:
+            torch.testing.assert_close(grad, wanted)
 
 
-def test_clip_of_nothing_is_zero_and_a_bad_norm_is_refused():
-    assert clip_per_parameter_([nn.Parameter(torch.zeros(1))], 1.0).item() == 0.0
-    with pytest.raises(UserError, match="above 0"):
-        clip_per_parameter_([], 0.0)
+def test_no_gradient_at_all_has_norm_zero():
+    assert l2_norms([None, None]).tolist() == [0.0, 0.0]
+    clip_([None], torch.zeros(1), 1.0, each=False)

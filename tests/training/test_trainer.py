@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 
 import pytest
 import torch
@@ -110,8 +110,10 @@ def test_a_step_lowers_the_loss_of_its_batch():
 @pytest.mark.parametrize("each", [False, True])
 def test_gradients_are_clipped_together_or_each(each):
     one = trainer(clip=1e-3, clip_each=each)
+    clipped = []
+    one.optimizer.register_step_pre_hook(lambda *_: clipped.extend(p.grad.norm() for p in one.strategy.trained))
     measured = one.step(batch(0))
-    norms = torch.stack([p.grad.norm() for p in one.method.parameters() if p.grad is not None])
+    norms = torch.stack(clipped)
     assert measured.grad_norm > 1e-3  # what is reported is the norm before
     largest = norms.max() if each else norms.norm()
     assert largest.item() == pytest.approx(1e-3, rel=1e-2)
@@ -122,8 +124,44 @@ def test_a_trainer_goes_on_from_its_state_as_if_never_stopped():
     one, other = trainer(name="adamw", lr=1e-3), trainer(name="adamw", lr=1e-3)
     for step in range(3):
         one.step(batch(step))
-    other.load_state_dict(copy.deepcopy(one.state_dict()))
+    kept = {part.name: part.values.clone() for part in one.parts()}
+    for part in other.parts():
+        part.values.copy_(kept[part.name])
+    other.loaded()
     for step in range(3, 5):
         assert torch.equal(one.step(batch(step)).loss, other.step(batch(step)).loss)
     for a, b in zip(one.method.parameters(), other.method.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_leaves_everything_as_it_was(bad):
+    one = trainer("modan_mulsupcon", name="adamw", lr=1e-3)
+    one.step(batch(0))
+    before = {part.name: part.values.clone() for part in one.parts()}
+    spoilt = batch(1)
+    spoilt.micro[0]["crop"][0][2, 0, 5, 5] = bad
+    measured = one.step(spoilt)
+    assert not measured.finite
+    assert any("running_var" in name for name in before)  # BatchNorm saw the image on the way forward
+    for part in one.parts():
+        assert torch.equal(part.values, before[part.name]), part.name
+    assert one.step(batch(2)).finite
+    assert not torch.equal(next(iter(one.parts())).values, before[next(iter(one.parts())).name])
+
+
+def test_frozen_parameters_and_their_moments_stand_still():
+    one = trainer("dino", name="adamw", lr=1e-3)
+    state = "optimizer.student_head.prototypes."
+
+    def now():
+        return {part.name: part.values.clone() for part in one.parts() if "student_head.prototypes" in part.name}
+
+    first = now()
+    assert set(first) == {"method.student_head.prototypes"} | {state + key for key in ("step", "exp_avg", "exp_avg_sq")}
+    views = {"global": [torch.randn(4, 1, 32, 32) for _ in range(2)]}
+    for step in range(6):
+        one.step(dataclasses.replace(batch(step), micro=[views]))
+        frozen = step < 5  # an epoch has 5 steps
+        assert torch.equal(now()["method.student_head.prototypes"], first["method.student_head.prototypes"]) == frozen
+    assert now()[state + "step"].item() == 1  # as if it had been new then

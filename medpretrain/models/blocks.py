@@ -1,0 +1,62 @@
+"""The repeated blocks of a backbone: what is sharded, compiled and computed again one by one."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from data_prep.errors import UserError
+from medpretrain.models.batchnorm import statistics_kept
+
+
+def blocks(backbone: nn.Module) -> list[nn.Module]:
+    """The blocks in their order: the children of the longest ModuleLists and Sequentials that hold alike modules.
+
+    That is a Vision Transformer's `blocks`, a ResNet's residual blocks and a ConvNeXt's; empty where there are none.
+
+    >>> import timm
+    >>> len(blocks(timm.create_model("resnet18"))), len(blocks(timm.create_model("vit_tiny_patch16_224")))
+    (8, 12)
+    """
+    found: list[nn.Module] = []
+    for child in backbone.children():
+        inside = list(child.children()) if isinstance(child, nn.ModuleList | nn.Sequential) else []
+        kinds = {type(one) for one in inside}
+        if inside and len(kinds) == 1 and any(True for _ in inside[0].children()):
+            deeper = [block for one in inside for block in blocks(one)] if _is_stage(inside[0]) else []
+            found += deeper or inside
+        else:
+            found += blocks(child)
+    return found
+
+
+def _is_stage(module: nn.Module) -> bool:
+    """Whether a module holds blocks of its own, as a stage of ConvNeXt or Swin does."""
+    return any(
+        isinstance(child, nn.ModuleList | nn.Sequential) and any(True for one in child for _ in one.children())
+        for child in module.children()
+    )
+
+
+def checkpoint_activations(backbone: nn.Module) -> None:
+    """Let each block keep its input alone and be computed again in the backward pass (Chen et al. 2016), in place.
+
+    The second computation records no BatchNorm statistics, so that a step counts once, and draws what the first drew.
+
+    Raises:
+        UserError: no blocks are found.
+    """
+    found = blocks(backbone)
+    if not found:
+        raise UserError(f"{type(backbone).__name__} has no blocks to compute again; leave train.checkpoint_activations")
+    for block in found:
+        block.forward = partial(  # type: ignore[method-assign]
+            checkpoint, block.forward, use_reentrant=False, context_fn=partial(_contexts, block)
+        )
+
+
+def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    return nullcontext(), statistics_kept(block)
