@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -63,8 +62,12 @@ class DeepSpeed(Strategy):
         if not dist.is_initialized():  # a process alone; DeepSpeed wants a group
             assert process.world == 1
             backend = "nccl" if process.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            store = dist.HashStore()  # type: ignore[attr-defined]
+            dist.init_process_group(backend, store=store, rank=0, world_size=1)
         os.environ.setdefault("LOCAL_RANK", str(process.local_rank))
+        os.environ.setdefault("DS_ACCELERATOR", process.device.type)  # or it takes a GPU that the run does not use
+        import deepspeed
+
         self._engine, *_ = deepspeed.initialize(
             model=method,
             optimizer=self.optimizer,
@@ -92,9 +95,9 @@ class DeepSpeed(Strategy):
 
     def backward(self, values: Sequence[Tensor], gradients: Sequence[Tensor], *, last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(last)
-        # The engine wants a scalar: of this one, the gradients are those given, to the bit.
-        surrogate = torch.stack([(value * gradient).sum().float() for value, gradient in zip(values, gradients, strict=True)])
-        self._engine.backward(surrogate.sum(), scale_wrt_gas=False)
+        # The engine wants a scalar: the gradients of this one are those given, to the bit.
+        products = [(value * gradient).sum().float() for value, gradient in zip(values, gradients, strict=True)]
+        self._engine.backward(torch.stack(products).sum(), scale_wrt_gas=False)
 
     def gradients(self) -> list[Tensor | None]:
         if self._stage == 0:
