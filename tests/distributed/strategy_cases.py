@@ -1,7 +1,7 @@
 """What one process of test_strategies.py does: `python strategy_cases.py FOLDER [CASE ...]`.
 
-Many cases in one launch, since imports and DeepSpeed's start cost seconds. Rank 0 writes `FOLDER/world{n}.pt`: for each
-case what the strategies found, parts put together from those of all ranks.
+Many cases in one launch, since imports and DeepSpeed's start cost seconds. Each rank writes what it found to
+`FOLDER/world{n}_rank{r}.pt`, states put together from the parts of all ranks.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import yaml
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -57,7 +58,8 @@ def whole(one: Trainer, process: Process) -> Whole:
     else:
         everyone = [[(p.name, p.shape, v, p.start, p.copied) for p, v in mine]]
     names = [[part[0] for part in parts] for parts in everyone]
-    assert all(one == names[0] for one in names) and len(set(names[0])) == len(names[0])
+    assert all(one == names[0] for one in names)
+    assert len(set(names[0])) == len(names[0])
     found = {}
     for same in zip(*everyone, strict=True):
         name, shape, first, _, copied = same[0]
@@ -72,7 +74,7 @@ def whole(one: Trainer, process: Process) -> Whole:
             seen[start : start + len(values)] += 1
         assert bool((seen == 1).all()), name
         found[name] = tensor.view(shape)
-    return found
+    return found if process.leads else {}
 
 
 def load(one: Trainer, tensors: Whole) -> None:
@@ -99,15 +101,19 @@ def followed(method: str, backbone: str, strategy: str, process: Process, **opti
         embedded = one.method.embed(images)
     one.method.train()
     losses += train(one, chosen, process, range(WRITTEN, STEPS))
-    return {"losses": losses, "written": written, "embedded": embedded, "end": whole(one, process)}
+    return {"losses": losses, "embedded": embedded, "written": written, "end": whole(one, process)}
 
 
-def gone_on(strategy: str, sources: dict[str, Whole], process: Process) -> dict[str, Any]:
-    """Four steps from each of the states; the first is read by an object that has not stepped yet."""
+def gone_on(strategy: str, states: dict[str, Whole], process: Process) -> dict[str, Any]:
+    """Four steps from the states that some strategies wrote; the first is read by an object that has not stepped yet.
+
+    From DDP's, from its own and from that of the next strategy, so that each is read by several.
+    """
     one, chosen = trainer("dino", "vit", strategy, process)
+    names = list(STRATEGIES)
     found = {}
-    for source, state in sources.items():
-        load(one, state)
+    for source in dict.fromkeys([names[(names.index(strategy) + 1) % len(names)], "ddp", strategy]):
+        load(one, states[source])
         losses = train(one, chosen, process, range(WRITTEN, WRITTEN + 4))
         found[source] = {"losses": losses, "end": whole(one, process)}
     return found
@@ -142,12 +148,12 @@ def case(name: str, process: Process, folder: Path) -> dict[str, Any]:
         if process.world > 1:
             dist.barrier()
         first = torch.load(folder / "first.pt")
-        sources = {strategy: found["written"] for strategy, found in first.items()}
-        return {strategy: gone_on(strategy, sources, process) for strategy in given or STRATEGIES}
+        states = {strategy: found["written"] for strategy, found in first.items()}
+        return {strategy: gone_on(strategy, states, process) for strategy in given or STRATEGIES}
     if kind == "skip":
         return {one: {"skipped": skipped(one, process), "unbroken": unbroken(one, process)} for one in STRATEGIES}
     method, backbone, *options = given
-    train = dict(option.split("=") for option in options)
+    train = {key: yaml.safe_load(value) for key, value in (option.split("=") for option in options)}
     return {
         strategy: followed(method, backbone, strategy, process, **train)
         for strategy in STRATEGIES
@@ -164,12 +170,7 @@ def main() -> None:
             found[name] = case(name, process, Path(folder))
             if name == "follow dino vit" and process.leads:
                 torch.save(found[name], Path(folder) / "first.pt")
-        everyone: list[Any] = [found]
-        if process.world > 1:
-            everyone = [None] * process.world
-            dist.all_gather_object(everyone, found)
-        if process.leads:
-            torch.save(everyone, Path(folder) / f"world{process.world}.pt")
+        torch.save(found, Path(folder) / f"world{process.world}_rank{process.rank}.pt")
 
 
 if __name__ == "__main__":
