@@ -44,23 +44,24 @@ def same_state(state, expected, tolerance):
     assert state.keys() == expected.keys()
     for name, tensor in state.items():
         a, b = tensor.double(), expected[name].double()
-        if "qkv.bias" in name:  # attention does not depend on the bias of keys: its gradient is rounding alone
+        if (
+            "qkv.bias" in name and tensor.ndim
+        ):  # attention does not depend on the bias of keys: its gradient is rounding alone
             a, b = (torch.cat(one.tensor_split(3)[::2]) for one in (a, b))
         assert (a - b).norm() <= tolerance * b.norm() + 1e-9, (name, (a - b).norm(), b.norm())
 
 
-@pytest.mark.parametrize(
-    ("strategy", "case"),
-    [(one, case) for one in STRATEGIES[1:] for case in FOLLOWED if (one, case) != ("zero3", "bcl vit")],
-)
-def test_a_strategy_trains_as_ddp_does(strategy, case, found):
+@pytest.mark.parametrize("case", FOLLOWED)
+def test_strategies_train_as_ddp_does(case, found):
     tolerance = 2e-2 if "bf16" in case else 1e-3
     for rank in found["ranks"]:
         results = rank[f"follow {case}"]
-        one, ddp = results[strategy], results["ddp"]
-        same_losses(one["losses"], ddp["losses"], tolerance / 10)
-        assert torch.allclose(one["embedded"].float(), ddp["embedded"].float(), rtol=tolerance, atol=tolerance / 10)
-        same_state(one["end"], ddp["end"], tolerance)
+        ddp = results["ddp"]
+        assert {"ddp", "fsdp2", "zero2"} < results.keys()
+        for one in results.values():
+            same_losses(one["losses"], ddp["losses"], tolerance / 10)
+            assert torch.allclose(one["embedded"].float(), ddp["embedded"].float(), rtol=tolerance, atol=tolerance / 10)
+            same_state(one["end"], ddp["end"], tolerance)
 
 
 def test_ranks_have_different_data(found):
