@@ -211,7 +211,7 @@ def compare(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, 
     """Ratio of the gradients' norms, their cosine, and the largest difference of a buffer and of the loss."""
     assert found.keys() == expected.keys()
     names = [name for name in found if not name.startswith("buffer ") and name != "loss"]
-    a, b = (torch.cat([grads[name].flatten() for name in names]) for grads in (found, expected))
+    a, b = (torch.cat([grads[name].flatten() for name in names]).double() for grads in (found, expected))
     rest = [(found[name].double() - expected[name].double()).abs().max().item() for name in found if name not in names]
     return {
         "ratio": (a.norm() / b.norm()).item(),
