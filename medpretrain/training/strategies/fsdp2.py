@@ -38,7 +38,8 @@ class Fsdp2(Strategy):
                 if network not in read_by_loss:
                     for block in blocks(network):
                         fully_shard(block, mesh=mesh)
-                    fully_shard(network, mesh=mesh)
+                    # A network of which no gradient is asked would otherwise stay whole after its forward pass.
+                    fully_shard(network, mesh=mesh, reshard_after_forward=True)
         parameters = dict(method.named_parameters())
         self._parameters = [parameters[name] for name in self.names]
         # They share their memory with the parameters.
