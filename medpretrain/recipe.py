@@ -166,8 +166,8 @@ class Checkpoint(_Section):
     """How many of the newest stay."""
     keep_every: Count | None = None
     """Those of steps that this divides stay too."""
-    keep_best: str | None = None
-    """A metric, such as `loss`; the one in which it was lowest stays too."""
+    keep_best: Literal["loss"] | None = None
+    """The one at which this metric, as it was last logged, was lowest stays too."""
     to: str | None = None
     """A folder or a URL such as s3://bucket/run; by default the folder `checkpoints` of the run."""
     background: bool = True
@@ -207,6 +207,10 @@ _CHANGEABLE = (
     *("data.path", "data.threads", "data.trace", "train.threads", "train.log_every", "train.micro_batches"),
     *("train.zero_stage", "train.checkpoint_activations", "train.compile", "train.channels_last"),
 )
+
+OVERRIDABLE = ("optim.", "train.steps", "train.epochs", "train.precision", "backbone.drop_path")
+"""What else may change at a resumption, where it is asked for by `--override`: nothing that changes a tensor's shape;
+`optim.name` may not."""
 
 
 class Recipe(_Section):

@@ -26,10 +26,12 @@ class Surveyor:
     Args:
         open_stream: the images in the order of their numbers, each once, as one view named `whole`.
         precision: `fp32` or `bf16`.
+        on_batch: called at each batch, for a survey takes long.
     """
 
     open_stream: Callable[[], Stream]
     precision: str
+    on_batch: Callable[[], None] = lambda: None
 
     def before_step(self, method: Method, progress: Progress) -> None:
         """A survey, if the method wants one; a collective."""
@@ -53,6 +55,7 @@ class Surveyor:
         try:
             with statistics_kept(method):
                 for batch in islice(batches, math.ceil(images / stream.global_batch)):
+                    self.on_batch()
                     views = [part["whole"][0] for part in batch.micro]
                     with torch.autocast(views[0].device.type, torch.bfloat16, enabled=self.precision == "bf16"):
                         mine = [method.embed(view) for view in views]
