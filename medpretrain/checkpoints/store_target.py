@@ -20,7 +20,7 @@ import fsspec
 from data_prep.errors import WorkFailed
 from data_prep.store import UrlStore
 from medpretrain.checkpoints.manifest import MANIFEST, CheckpointError, Manifest, parse
-from medpretrain.checkpoints.target import ASIDE, NAME, Draft, Reader, check_sizes, known_step
+from medpretrain.checkpoints.target import ASIDE, NAME, Draft, Reader, by_step, check_sizes, known_step
 
 _DATA = re.compile(r"[0-9a-f]{8}-rank-\d{5,}-of-\d{5,}\.safetensors")
 
