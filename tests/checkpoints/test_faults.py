@@ -1,0 +1,51 @@
+"""Damage of every kind is found, and the checkpoint before is loaded to the bit."""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def faults():
+    script = Path(__file__).parents[2] / "benchmarks" / "checkpoint_faults.py"
+    spec = importlib.util.spec_from_file_location("checkpoint_faults", script)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["checkpoint_faults"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.distributed
+def test_every_fault_is_found_and_the_checkpoint_before_is_loaded_to_the_bit(faults, run_ranks, tmp_path):
+    seed = random.SystemRandom().randrange(2**20)
+    print("seed", seed)
+    there = faults.Folder(tmp_path, seed, run_ranks)
+    rows = faults.trials(there, 4 * len(faults.FAULTS) * 2, random.Random(seed))
+    assert len(rows) == 120
+    assert {row["fault"] for row in rows} == {fault.__name__.replace("_", " ") for fault in faults.FAULTS}
+    assert [row for row in rows if not all(row[key] for key in faults.ASKED)] == []
+
+
+@pytest.mark.distributed
+def test_a_fault_that_is_not_found_is_counted_as_such(faults, run_ranks, tmp_path, monkeypatch):
+    """Were nothing hashed, the harness would say so."""
+    there = faults.Folder(tmp_path, 3, run_ranks)
+    monkeypatch.setattr("medpretrain.checkpoints.reading._sha256", lambda target, name, file, size: Anything())
+    draw = random.Random(3)
+    rows = [faults.trial(there, faults.data_of_another_save, draw) for _ in range(3)]
+    assert not any(row["found"] or row["fallback"] or row["identical"] for row in rows)
+
+
+class Anything:
+    def __eq__(self, other):
+        return True
+
+    def __ne__(self, other):
+        return False
+
+    __hash__ = None
