@@ -142,6 +142,7 @@ def main() -> None:
     )
     for chatty in ("mlflow", "alembic", "httpx", "timm", "nvidia", "matplotlib"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    last_words.remember(None)
     try:
         app()
     except Exception as error:

@@ -23,10 +23,8 @@ class Exit(IntEnum):
     DONE = 0, "all steps are done"
     FAILED = 1, "the run failed; the last line says why and how to resume"
     USER_ERROR = 2, "a recipe, folder or option cannot be used; the same command would fail again"
-    PREEMPTED = (
-        75,
-        "asked to leave by a signal: the checkpoint is committed, start again to go on",
-    )  # sysexits: TEMPFAIL
+    # TEMPFAIL of sysexits.h: trying again helps.
+    PREEMPTED = 75, "asked to leave by a signal: the checkpoint is committed, start again to go on"
     NO_PROGRESS = 76, "restarted several times without a step forward; only a start by hand goes on"
     HANG = 77, "no progress for faults.hang_s seconds; the last line names the rank"
 

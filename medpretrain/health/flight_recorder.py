@@ -13,10 +13,10 @@ _ENTRIES = "2000"
 
 
 def enable_flight_recorder(folder: Path) -> None:
-    """Have NCCL keep its last 2000 collectives, and write them to `folder` when one times out; before the group is made.
+    """Have NCCL keep its last 2000 collectives and write them to `folder` when one times out; before the group is made.
 
-    What the environment sets already stays. Both generations of names are set, for which of them a torch reads depends on
-    its version. `torchfrtrace folder` reads the files.
+    What the environment sets already stays. Both generations of names are set, for which of them a torch reads depends
+    on its version. `torchfrtrace folder` reads the files.
     """
     wanted = {
         ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"): _ENTRIES,

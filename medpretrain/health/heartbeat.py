@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 _FRAMES = 10
 _THREADS = 16
+_LEAVING_ROUND_S = 0.02
 _generation = itertools.count()  # alike on all ranks, which make their objects in the same order
 
 
@@ -70,7 +71,7 @@ class Beat:
         return json.dumps(asdict(self))
 
     def process_state(self) -> str | None:
-        """How the operating system sees it, as far as that is news: stopped, gone, ...; None: unknown, of another host."""
+        """What the operating system finds wrong with it: stopped, gone, ...; None where it is of another host."""
         if sys.platform != "linux" or self.place != _place(socket.gethostname()):
             return None
         found = _stat(self.pid)
@@ -99,7 +100,7 @@ def _stat(pid: int) -> tuple[str, str] | None:
 def stack_of(thread: int | None) -> tuple[str, ...]:
     """Where a thread is, innermost frame last, without reading source files: their disk may be what hangs."""
     frame = sys._current_frames().get(thread or -1)
-    found = []
+    found: list[str] = []
     while frame is not None and len(found) < _FRAMES:
         code = frame.f_code
         found.append(f"{code.co_filename}:{frame.f_lineno} {code.co_name}")
@@ -142,7 +143,7 @@ class Courier:
         self._lock = threading.Lock()
         self._beats: dict[int, tuple[Beat, float]] = {}
         self._answered = self._read = time.monotonic()
-        self._round = threading.Event()
+        self._round, self._wake = threading.Event(), threading.Event()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._carry, name="heartbeat", daemon=True)
         self._thread.start()
@@ -162,24 +163,29 @@ class Courier:
             self._answered = self._read = now
             self._beats = {rank: (beat, now) for rank, (beat, _) in self._beats.items()}
 
+    def post(self, beat: Beat) -> None:
+        """To be sent now, and what others have said read."""
+        self.outbox = beat
+        self._wake.set()
+
     def publish_verdict(self, text: str) -> None:
         self._verdict_out = text
+        self._wake.set()
 
     def close(self, left: str, *, patience_s: float) -> None:
         """Say goodbye; rank 0, whose process may hold the store, waits a while for the others' goodbyes."""
-        self.outbox = replace(self.outbox, number=self.outbox.number + 1, left=left)
         deadline = time.monotonic() + patience_s
-        self._round.clear()
         self.suspicious.set()
+        self.post(replace(self.outbox, number=self.outbox.number + 1, left=left))
         others = self._world - 1 if self.outbox.rank == 0 else 0
-        while time.monotonic() < deadline:
+        while time.monotonic() < deadline and self._thread.is_alive():
             if self._round.wait(0.02) and sum(bool(seen.beat.left) for seen in self.seen().values()) >= others:
                 break
         self._stop.set()
-        self._thread.join(self._interval_s)
+        self._wake.set()
+        self._thread.join(self._interval_s)  # a store that does not answer keeps it, and it ends with the process
 
     def _carry(self) -> None:
-        sent = None
         while not self._stop.is_set():
             try:
                 posted = self.outbox
@@ -193,12 +199,11 @@ class Courier:
                 if self._wants_to_read():
                     self._read_all()
                 if posted.left:
-                    sent = posted
-            except Exception:
-                pass  # whatever a lost store raises: `unanswered_s` grows, and the watchdog says so
-            if sent is not None:
-                self._round.set()
-            self._stop.wait(0.02 if self.outbox.left else self._interval_s)
+                    self._round.set()
+            except RuntimeError:  # all that c10d raises
+                return  # a lost connection does not come back: `unanswered_s` grows, and the watchdog says so
+            self._wake.wait(_LEAVING_ROUND_S if self.outbox.left else self._interval_s)
+            self._wake.clear()
 
     def _wants_to_read(self) -> bool:
         stale = time.monotonic() - self._read >= min(self._spread_s, self._interval_s * self._world / 16)

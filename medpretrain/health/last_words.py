@@ -1,10 +1,11 @@
 """The last line of a run that ends badly: cause, rank, host, and the command that resumes it.
 
-It goes to standard error, to RUN/failures.jsonl, and under torchrun to the file from which torchrun's own summary is made.
+It goes to standard error, to RUN/failures.jsonl, and under torchrun to the file that torchrun's summary is made of.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -25,13 +26,15 @@ FAILURES_FILE = "failures.jsonl"
 _RECIPE_FILE = "recipe.yaml"  # a folder that has it is a run
 _LONGEST_CAUSE = 2000
 _WAIT_FOR_CAUSE_S = 2.0
+_LINGER_S = 1.0
 _started = time.time()
 _run: Path | None = None
+_taken: socket.socket | None = None
 
 # What gloo, NCCL and c10d's store say on the ranks that are left when one is gone.
 _LOST_PEER = re.compile(
     r"connection closed by peer|connection reset by peer|broken pipe|connection refused|socket closed"
-    r"|remote process exited|remote error|connection was likely closed|nccl communicator was aborted"
+    r"|remote process exit|connection was likely closed|nccl communicator was aborted"
     r"|application timeout caused pair closure|timed out waiting \d+ms for",
     re.IGNORECASE,
 )
@@ -51,8 +54,9 @@ class Cause:
     """Another rank's end is the cause."""
 
 
-def remember(run: Path) -> None:
-    """From here on, what ends this process badly is also kept in `run`/failures.jsonl, once `run` is a run's folder."""
+def remember(run: Path | None) -> None:
+    """This process trains `run`: what ends it badly is kept in `run`/failures.jsonl, once that is a run's folder, and
+    the last line says how to resume. None: it does something else."""
     global _run
     _run = run
 
@@ -61,8 +65,6 @@ def of(error: BaseException) -> Cause:
     """What an error means for the run."""
     if isinstance(error, UserError | WorkFailed):
         return Cause(str(error), error.exit_code, said_by="host")
-    if isinstance(error, KeyboardInterrupt):
-        return Cause("interrupted from the keyboard", Exit.FAILED, said_by="host")
     trace = redact("".join(traceback.format_exception(error)))
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
@@ -79,10 +81,15 @@ def of(error: BaseException) -> Cause:
 
 
 def end(error: BaseException) -> NoReturn:
-    """Say the last words of `error` and end the process with its exit code."""
+    """Say the last words of `error` and end the process with its exit code; what is not foreseen and ends no run is
+    raised again."""
+    if _run is None and not isinstance(error, UserError | WorkFailed):
+        raise error
     cause = of(error)
     say(cause)
-    if _world() > 1 and not isinstance(error, UserError):
+    if _world() > 1:
+        if _taken is not None:
+            time.sleep(_LINGER_S)
         # A group that has lost a rank can hold up the interpreter's way out, and its warnings would come last.
         sys.stdout.flush()
         os._exit(cause.code)
@@ -93,7 +100,7 @@ def say(cause: Cause) -> None:
     """Write `cause` to standard error as the last line, and to the files that keep it."""
     text = redact(" ".join(cause.text.split()))[:_LONGEST_CAUSE]
     line = _line(text, cause)
-    if cause.said_by == "rank" or _local_rank() == 0:
+    if cause.said_by == "rank" or _first_on_host(line):
         if cause.code != Exit.USER_ERROR:
             _keep(text, cause)
         sys.stderr.flush()
@@ -103,9 +110,29 @@ def say(cause: Cause) -> None:
 
 def _line(text: str, cause: Cause) -> str:
     world = _world()
-    if cause.code == Exit.USER_ERROR:
+    if _run is None or cause.code == Exit.USER_ERROR:
         return f"error on {socket.gethostname()}: {text}" if world > 1 else f"error: {text}"
     return f"error on {socket.gethostname()}, rank {_rank()} of {world}: {text}; resume: {resume_command()}"
+
+
+def _first_on_host(line: str) -> bool:
+    """Whether no other process of this run on this host is saying the same.
+
+    The first takes a name among the abstract sockets of Linux, which nobody else can have until it has ended, and stays
+    a moment. Elsewhere everyone says it.
+    """
+    global _taken
+    if _world() == 1 or sys.platform != "linux":
+        return True
+    same = [os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")]
+    same.append(re.sub(r", rank \d+ of", "", line))
+    taken = socket.socket(socket.AF_UNIX)
+    try:
+        taken.bind("\0medpretrain-" + hashlib.sha256("|".join(same).encode()).hexdigest())
+    except OSError:
+        return False
+    _taken = taken
+    return True
 
 
 def resume_command() -> str:
@@ -230,10 +257,6 @@ def _tell_torchrun(line: str, cause: Cause) -> None:
 
 def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
-
-
-def _local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def _world() -> int:

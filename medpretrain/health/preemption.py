@@ -51,7 +51,11 @@ class Preemption:
 
     def __init__(self, world: int, timeout: timedelta = timedelta(minutes=30)) -> None:
         self._received = 0
-        self._group = dist.new_group(backend="gloo", timeout=timeout) if world > 1 else None
+        self._group: dist.ProcessGroup | None = None
+        if world > 1:
+            group = dist.new_group(backend="gloo", timeout=timeout)
+            assert isinstance(group, dist.ProcessGroup)
+            self._group = group
         self._flag = torch.zeros(1, dtype=torch.int64)
         self._work: Any = None
         self._before: dict[signal.Signals, Any] = {}

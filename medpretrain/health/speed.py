@@ -14,7 +14,7 @@ import torch
 from medpretrain.health.heartbeat import Beat
 
 _LEAST_DATA_WAIT = 0.05  # waiting less than a twentieth of the time is nobody's trouble
-_IN_A_ROW = 3
+_IN_A_ROW = 6  # so that none of the five times of the first median is in the last
 
 
 class Probe:
@@ -78,7 +78,7 @@ class Slow:
 
 
 class Comparison:
-    """Names a rank when it was slow several times in a row; once, and again after it was not.
+    """Names a rank when it was slow six times in a row; again only after it was not six times in a row.
 
     Args:
         slow: from this factor on, against the median of the other ranks.
@@ -87,14 +87,19 @@ class Comparison:
     def __init__(self, slow: float) -> None:
         self._slow = slow
         self._in_a_row: dict[tuple[int, str], int] = {}
+        self._named: set[tuple[int, str]] = set()
 
     def update(self, beats: Mapping[int, Beat]) -> list[Slow]:
         """The ranks that are to be named now, of the newest beats of all."""
         named = []
-        found = {(each.beat.rank, each.why): each for each in self._slow_now(beats)}
-        self._in_a_row = {key: self._in_a_row.get(key, 0) + 1 for key in found}
-        for key, times in self._in_a_row.items():
-            if times == _IN_A_ROW:
+        found: dict[tuple[int, str], Slow] = {(each.beat.rank, each.why): each for each in self._slow_now(beats)}
+        # Counted is how often in a row a rank was not what it is known as.
+        changed = [key for key in found.keys() | self._named if (key in found) != (key in self._named)]
+        self._in_a_row = {key: self._in_a_row.get(key, 0) + 1 for key in changed}
+        for key in [key for key, times in self._in_a_row.items() if times == _IN_A_ROW]:
+            del self._in_a_row[key]
+            self._named ^= {key}
+            if key in found:
                 named.append(found[key])
         return named
 

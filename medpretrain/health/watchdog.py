@@ -36,18 +36,18 @@ class Watchdog:
     """A thread in each rank that watches the main thread and, by heartbeats, the other ranks.
 
     Made and entered by the main thread of every rank once the process group exists. The main thread calls `mark`
-    wherever it gets on. When it has not for `hang_s` seconds (ten times as long until the first step is done), or a peer
-    has been silent for so long while it has not got on itself, this rank says who holds up the run as its last line, and
-    ends its process with exit code 77: the main thread is stuck in a collective and cannot be asked. Every rank comes to
-    that by itself, also when the process that holds the store is the one that stands still. A process that was itself
-    stopped for a while (SIGSTOP, a suspended job) and all of its peers with it goes on.
+    wherever it gets on. When it has not for `hang_s` seconds (ten times as long until the first step is done), or a
+    peer has been silent for so long while it has not got on itself, this rank says who holds up the run as its last
+    line and ends its process with exit code 77: the main thread is stuck in a collective and cannot be asked. Every
+    rank comes to that by itself, also when the process that holds the store is the one that stands still. A process
+    that was stopped for a while, and its peers with it (a suspended job), goes on.
 
     Args:
         hang_s: seconds without progress.
         slow: a rank that takes this many times as long as the median of the others is named.
-        on_event: told, in a thread of its own, what is to be kept: `{"event": "hang" | "slow" | "store", "rank", "time",
-            "cause", ...}`; a hang has `culprits` (what was last heard of each, with its stack) and `stacks` (of all
-            threads here). On every rank for a hang, else on rank 0.
+        on_event: told, in a thread of its own, what is to be kept: `{"event": "hang" | "slow" | "store", "rank",
+            "time", "step", "cause", ...}`; a hang, on every rank, has `culprits` (what was last heard of each, with
+            its stack) and `stacks` (of all threads here); slow ranks are named on rank 0.
         probe_s: seconds between two measurements of speed.
     """
 
@@ -62,7 +62,7 @@ class Watchdog:
     ) -> None:
         self._world, self._rank, self._device = process.world, process.rank, process.device
         self._hang_s, self._slow, self._on_event, self._probe_s = hang_s, slow, on_event, probe_s
-        self._interval_s = min(1.0, hang_s / 5)
+        self._interval_s = min(1.0, hang_s / 5, probe_s)
         self._main = threading.get_ident()
         self._first_step: int | None = None
         self._at: tuple[int, Phase, float] = (0, "start", time.monotonic())
@@ -99,15 +99,15 @@ class Watchdog:
     def mark(self, step: int, phase: Phase) -> None:
         """The main thread got on: it has done `step` steps and begins `phase`. Costs well below a microsecond.
 
-        Call it several times a step, and again and again in what takes long: each batch of a survey, each look at a save
-        that is waited for.
+        Call it several times a step, and again and again in what takes long: each batch of a survey, each look at a
+        save that is waited for.
         """
         now = time.monotonic()
         self._at = (step, phase, now)
         if phase == "step":
             if self._first_step is None:
                 self._first_step = step
-            elif step > self._first_step:
+            elif step != self._first_step:
                 self._allowed_s = self._hang_s
             if now >= self._next_probe:
                 self._measure(now)
@@ -136,7 +136,7 @@ class Watchdog:
                 if beat.idle_s >= self._allowed_s:
                     self._end(judge(beat, {}, 1, silent_s=self._hang_s, unanswered_s=0.0))
                 continue
-            self._courier.outbox = beat
+            self._courier.post(beat)
             if beat.idle_s >= self._hang_s / 4:
                 self._courier.suspicious.set()
             else:
@@ -150,9 +150,7 @@ class Watchdog:
                 self._end(judge(beat, seen, self._world, silent_s=half, unanswered_s=unanswered_s))
             if unanswered_s >= self._hang_s and not told_of_store:
                 told_of_store = True
-                self._tell(
-                    "store", f"rank {self._rank} cannot reach the store: a hang is still ended, but not explained"
-                )
+                self._tell("store", f"rank {self._rank} has lost the store: a hang would be ended, not explained")
             if self._rank == 0 and now - compared >= self._probe_s:
                 compared = now
                 self._compare(beat)
@@ -210,6 +208,7 @@ class Watchdog:
 
     def _end(self, verdict: Verdict) -> NoReturn:
         self._ending.set()
+        speaks = self._speaks()
         if self._courier is not None and self._courier.verdict is None:
             self._courier.publish_verdict(verdict.cause)
         stacks = {name: stack_of(ident) for name, ident in ((each.name, each.ident) for each in threading.enumerate())}
@@ -218,7 +217,7 @@ class Watchdog:
         self._tell("hang", verdict.cause, culprits=culprits, stacks=stacks)
         # The others come to their verdicts meanwhile; the first end would give them an error to stumble over.
         time.sleep(2 * self._interval_s + 0.5)
-        if self._speaks():
+        if speaks:
             if sys.stderr.isatty():
                 print("\x1b[?25h", file=sys.stderr)  # a progress bar hides the cursor
             last_words.say(last_words.Cause(verdict.cause, Exit.HANG))
