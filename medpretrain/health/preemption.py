@@ -34,7 +34,8 @@ class Preemption:
 
     A signal sets a flag and nothing else. The largest flag of all ranks is asked for at one step boundary, without
     waiting, and read at the next: so no step waits, and a run leaves at most two steps after the signal. A second
-    SIGINT (Ctrl-C) raises KeyboardInterrupt at once.
+    SIGINT (Ctrl-C) raises KeyboardInterrupt at once. The handlers of before are set again at exit, but for an exit with
+    `Preempted`.
 
     Args:
         world: processes of the run. Above 1 the default process group must be there, and every rank must make this
@@ -67,6 +68,8 @@ class Preemption:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is not None and issubclass(kind, Preempted):
+            return  # the process is about to end as it should, and the signal may come a second time
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if self._work is not None and kind is None:
