@@ -28,12 +28,13 @@ def enable_flight_recorder(folder: Path) -> None:
             os.environ.update(dict.fromkeys(names, value))
 
 
-def dump_flight_recorder(folder: Path, rank: int) -> Path | None:
-    """Write this rank's record now, in the form that `torchfrtrace` reads; None where the group is not NCCL's."""
-    if not dist.is_nccl_available() or not dist.is_initialized() or dist.get_backend() != "nccl":
+def dump_flight_recorder(rank: int) -> Path | None:
+    """Write this rank's record now, where NCCL would; None without `enable_flight_recorder` or a group of NCCL's."""
+    prefix = os.environ.get("TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
+    if prefix is None or not dist.is_initialized() or dist.get_backend() != "nccl":
         return None
     record: bytes = _distributed_c10d._dump_nccl_trace()  # type: ignore[attr-defined]
-    path = folder / f"{_PREFIX}{rank}"
+    path = Path(f"{prefix}{rank}")
     temporary = path.with_name(f".tmp-{path.name}")
     temporary.write_bytes(record)
     os.replace(temporary, path)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from medpretrain.health import last_words
 from medpretrain.health.exits import Exit
+from medpretrain.health.flight_recorder import dump_flight_recorder
 from medpretrain.health.heartbeat import Beat, Courier, stack_of, thread_names
 from medpretrain.health.speed import Comparison, Probe
 from medpretrain.health.verdict import Phase, Verdict, judge
@@ -201,10 +202,7 @@ class Watchdog:
         if event != "hang":
             _log.warning("%s", cause)
         told = {"event": event, "rank": self._rank, "time": time.time(), "step": self._at[0], "cause": cause, **more}
-        # The folder's disk may be what hangs.
-        thread = threading.Thread(target=self._on_event, args=(told,), name="event", daemon=True)
-        thread.start()
-        thread.join(_CALLBACK_S)
+        _within(_CALLBACK_S, lambda: self._on_event(told))
 
     def _end(self, verdict: Verdict) -> NoReturn:
         self._ending.set()
@@ -215,6 +213,7 @@ class Watchdog:
         faulthandler.dump_traceback(sys.__stderr__ or 2)
         culprits = [asdict(beat) for beat in verdict.culprits]
         self._tell("hang", verdict.cause, culprits=culprits, stacks=stacks)
+        _within(_CALLBACK_S, lambda: dump_flight_recorder(self._rank))
         # The others come to their verdicts meanwhile; the first end would give them an error to stumble over.
         time.sleep(2 * self._interval_s + 0.5)
         if speaks:
@@ -231,3 +230,10 @@ class Watchdog:
             return True
         near = [each.beat for each in self._courier.seen().values() if each.beat.place == self._own.place]
         return all(beat.rank > self._rank or beat.process_state() or beat.left for beat in near)
+
+
+def _within(seconds: float, call: Callable[[], object]) -> None:
+    """Call in a thread and do not wait longer: the run folder's disk may be what hangs."""
+    thread = threading.Thread(target=call, name="event", daemon=True)
+    thread.start()
+    thread.join(seconds)
