@@ -7,6 +7,8 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -54,6 +56,8 @@ def test_under_torchrun_the_agents_command_is_shown(command, monkeypatch):
     launched = [sys.executable, "-c", "import time; time.sleep(60)", "torchrun", "train", SECRET]
     agent = subprocess.Popen(launched)
     try:
+        while not Path(f"/proc/{agent.pid}/cmdline").read_bytes():  # it is not quite there when Popen returns
+            time.sleep(0.01)
         monkeypatch.setattr("os.getppid", lambda: agent.pid)
         shown = command(["worker"], TORCHELASTIC_RUN_ID="none")
         assert shlex.split(shown)[3:] == [
