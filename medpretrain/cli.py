@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +14,9 @@ from rich.logging import RichHandler
 from rich.table import Table
 
 import data_prep.cli
-from data_prep.errors import UserError, WorkFailed
+from data_prep.errors import WorkFailed
+from medpretrain.health import last_words
+from medpretrain.health.exits import exit_codes
 from medpretrain.recipe_file import dump_recipe, load_recipe, recipe_files
 
 app = typer.Typer(
@@ -52,7 +52,7 @@ def show(name: RecipeName, overrides: Overrides = None) -> None:
     print(dump_recipe(load_recipe(name, overrides or [])), end="")
 
 
-@app.command()
+@app.command(epilog=exit_codes())
 def train(
     recipe: RecipeName,
     overrides: Overrides = None,
@@ -64,7 +64,11 @@ def train(
     loaded = load_recipe(recipe, overrides or [])
     from medpretrain.training.loop import train as run_training
 
-    finished = run_training(loaded, resume if resume in ("auto", "never") else Path(resume))  # type: ignore[arg-type]
+    last_words.remember(loaded.run_dir)
+    try:
+        finished = run_training(loaded, resume if resume in ("auto", "never") else Path(resume))  # type: ignore[arg-type]
+    except KeyboardInterrupt as error:  # typer would say no more than "Aborted."
+        raise WorkFailed("interrupted from the keyboard") from error
     if _leads():
         print(f"{finished.step} steps done. Checkpoint: {finished.checkpoint}")
         print(f"next: medpretrain evaluate knn {finished.run} {loaded.data.path[0]} --baseline random")
@@ -130,7 +134,7 @@ def demo(
 
 
 def main() -> None:
-    """The console script: a user's mistake is one line and exit code 2, a run that cannot go on is exit code 1."""
+    """The console script: whatever goes wrong, its last line says what, and the exit code is one of `Exit`."""
     logging.basicConfig(
         level=logging.INFO if _leads() else logging.WARNING,
         format="%(message)s",
@@ -138,20 +142,11 @@ def main() -> None:
     )
     for chatty in ("mlflow", "alembic", "httpx", "timm", "nvidia", "matplotlib"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    last_words.remember(None)
     try:
         app()
-    except UserError as error:
-        _fail(error, 2)
-    except WorkFailed as error:
-        _fail(error, 1)
-
-
-def _fail(error: Exception, code: int) -> None:
-    # Under torchrun every process meets the same error; one line a host is enough.
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        where = f" on {socket.gethostname()}" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-        print(f"error{where}: {error}", file=sys.stderr)
-    sys.exit(code)
+    except Exception as error:
+        last_words.end(error)
 
 
 def _leads() -> bool:
