@@ -25,17 +25,17 @@ from medpretrain.data.order import InOrder, SampleSequence
 from medpretrain.data.views import View
 from medpretrain.methods import method_class
 from medpretrain.models.batchnorm import use_global_batchnorm
-from medpretrain.recipe import Recipe, flatten
+from medpretrain.recipe import Recipe
 from medpretrain.recipe_file import dump_recipe, read_recipe
+from medpretrain.tracking.metrics_log import MetricsLog, read_metrics
+from medpretrain.tracking.of_run import RunTracking, check_tracking
 from medpretrain.training import checkpoint
 from medpretrain.training.build import DatasetFacts, build_method, image_size, refuse_batchnorm_of_one, training_set
 from medpretrain.training.checkpoint import CheckpointInfo
 from medpretrain.training.collapse import CollapseAlarm, of_global_batch, representation
 from medpretrain.training.display import Display
-from medpretrain.training.metrics_log import MetricsLog, read_metrics
 from medpretrain.training.process import Process, joined
 from medpretrain.training.survey import Surveyor
-from medpretrain.training.tracking import Tracker
 from medpretrain.training.trainer import Measured, Trainer, mean_loss
 
 _log = logging.getLogger(__name__)
@@ -71,6 +71,7 @@ def train(recipe: Recipe, resume: Resume = "auto") -> Finished:
     """
     if not recipe.data.path:
         raise UserError("the recipe names no dataset; give one, as in data.path=shards/fundus")
+    check_tracking(recipe)
     with joined(recipe.device) as process, ExitStack() as stack:
         _configure(recipe, process)
         dataset = Mixture.open(recipe.data.path, recipe.data.weights)
@@ -316,20 +317,7 @@ def _reporting(recipe: Recipe, about: CheckpointInfo, process: Process, total: i
     with ExitStack() as stack:
         reporter.log = stack.enter_context(MetricsLog(run / METRICS_FILE))
         reporter.log.truncate_after(start)
-        tracker = Tracker(
-            run,
-            recipe.tracking.uri,
-            recipe.tracking.experiment,
-            recipe.name,
-            {
-                key: str(value)
-                for key, value in flatten(
-                    recipe.resolved() | {"recipe_sha256": about.recipe_sha256, "dataset_sha256": about.dataset_sha256}
-                )
-            },
-            [run / RECIPE_FILE],
-        )
-        stack.push(lambda kind, *_: tracker.close(timeout_s=30.0, status="FAILED" if kind else "FINISHED"))
+        stack.enter_context(RunTracking(recipe, about.dataset_sha256, process.world))
         method = method_class(recipe.method["name"])
         earlier = read_metrics(run / METRICS_FILE)
         reporter.alarm = CollapseAlarm(method.collapse_causes, by_rank=method.labels == "none", earlier=earlier)
