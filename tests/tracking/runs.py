@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -53,6 +54,19 @@ def make_run(folder, **changes):
     return folder
 
 
+def wait_for(happens, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not happens():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.05)
+
+
+def acknowledged(run, uri):
+    """The step of the last row that a server has acknowledged."""
+    file = server_file(run.resolve(), uri)
+    return json.loads(file.read_text())["step"] if file.exists() else -1
+
+
 def run_id(run, uri):
     return json.loads(server_file(run.resolve(), uri).read_text())["run_id"]
 
@@ -79,6 +93,7 @@ def start_server(folder: Path, port: int) -> subprocess.Popen:
         *("--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "artifacts")),
     ]
     environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
+    environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # five more processes, for language models
     with open(folder / "server.log", "ab") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, env=environment, start_new_session=True)
     deadline = time.monotonic() + 90

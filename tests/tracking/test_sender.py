@@ -15,7 +15,7 @@ from medpretrain.tracking.metrics_log import MetricsLog
 from medpretrain.tracking.redaction import redact
 from medpretrain.tracking.sender import Tracker
 from medpretrain.tracking.state import RunState, server_file
-from tests.tracking.runs import LONG, expected, free_port, history, run_id, track, write
+from tests.tracking.runs import LONG, acknowledged, expected, free_port, history, run_id, track, wait_for, write
 
 mlflow = pytest.importorskip("mlflow", reason="the train extra brings it")
 
@@ -126,10 +126,7 @@ def test_steps_measured_again_with_other_values_are_sent_and_equal_points_are_th
     with MetricsLog(run / "metrics.jsonl") as log:
         for step in range(10, 20):
             log.append({"step": step, "loss": 1 / (step + 1), "speed": step + 0.5})
-        deadline = time.monotonic() + 60
-        while json.loads(server_file(run, database).read_text())["step"] < 19:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_for(lambda: acknowledged(run, database) == 19)
         log.truncate_after(11)
         for step in range(12, 22):  # the loss is the same again but for steps 14 and 15; the speed is always another
             log.append({"step": step, "loss": 1 / (step + 1) + (step in (14, 15)), "speed": step + 0.25})
@@ -166,10 +163,7 @@ def test_rows_rolled_back_during_an_outage_never_leave(run, database, monkeypatc
     monkeypatch.setattr(sender, "_FIRST_WAIT_S", 0.05)
     write(run, range(6), value=lambda step: 7.0)
     tracker = track(run, database)
-    deadline = time.monotonic() + 60
-    while "no metrics reach" not in caplog.text:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(lambda: "no metrics reach" in caplog.text)
     with MetricsLog(run / "metrics.jsonl") as log:
         log.truncate_after(1)
     write(run, range(2, 5))
@@ -218,8 +212,7 @@ def test_a_dead_server_costs_a_warning_and_no_secret(run, caplog, capfd):
     caplog.set_level(logging.DEBUG)
     write(run, range(30))
     tracker = track(run, f"http://alice:s3cr3t-w0rd@127.0.0.1:{free_port()}")
-    while "no metrics reach" not in caplog.text:
-        time.sleep(0.05)
+    wait_for(lambda: "no metrics reach" in caplog.text)
     write(run, range(30, 40))
     started = time.monotonic()
     tracker.close(2)
@@ -249,8 +242,7 @@ def test_rows_of_an_outage_arrive_when_the_server_is_back(run, database, monkeyp
     monkeypatch.setattr(sender, "_FIRST_WAIT_S", 0.05)
     write(run, range(1500))
     tracker = track(run, database)
-    while "works again" not in caplog.text:
-        time.sleep(0.05)
+    wait_for(lambda: "works again" in caplog.text)
     tracker.close(60)
     assert history(run, database) == expected(range(1500))
     assert "rows were not sent" not in caplog.text
