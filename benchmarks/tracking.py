@@ -1,11 +1,12 @@
 """What tracking costs a training step, and what it loses, with MLflow working, refusing, hanging and killed half-way.
 
-    PYTHONPATH=. python benchmarks/tracking.py [--rounds 6] [--steps 75] [--out benchmarks/results]
+    PYTHONPATH=. python benchmarks/tracking.py [--rounds 5] [--steps 75] [--out benchmarks/results]
 
-A loop of matrix products of about 20 ms logs every step, with the measures of the system. Variants take turns of `steps`
-steps, in an order drawn anew each round, so that whatever else the machine does meets all of them; each goes on in its
-own run folder. A step is compared with the bare loop's of the same round (which logs to metrics.jsonl too, and has no
-sender); the median over rounds is given. In the end each run is synced to a fresh SQLite store and its points counted.
+A loop of matrix products of about 20 ms logs every step, with the measures of the system. Variants take turns of
+`steps` steps, in an order drawn anew each round, so that whatever else the machine does meets all of them; each goes on
+in its own run folder. A step is compared with the bare loop's of the same round (which logs to metrics.jsonl too, and
+has no sender); the median over rounds is given. In the end each run is synced to a fresh
+SQLite store and its points counted.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ VARIANTS = ("none", "SQLite", "server", "refusing", "hanging", "killed half-way"
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=75, help="of each turn")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**32))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
@@ -71,7 +72,7 @@ def main() -> int:
                 tracker = track(runs[name], uris[name], interval_s=1.0) if name in uris else None
                 took = steps(runs[name], (turn + 1) * given.steps, given.steps, products, kill)
                 if tracker is not None:
-                    tracker.close(5.0)
+                    tracker.close(2.0)
                 if turn >= 0:
                     seconds[name].append(took)
             load.append(os.getloadavg()[0])
@@ -79,9 +80,8 @@ def main() -> int:
         lost = {name: lost_points(runs[name], f"sqlite:///{folder / 'fresh.db'}") for name in VARIANTS}
     rows = []
     for name in VARIANTS:
-        ratios = [
-            statistics.median(ours) / statistics.median(bare) for ours, bare in zip(seconds[name], seconds["none"])
-        ]
+        pairs = zip(seconds[name], seconds["none"], strict=True)
+        ratios = [statistics.median(ours) / statistics.median(bare) for ours, bare in pairs]
         rows.append(
             {
                 "mlflow": name,
@@ -155,9 +155,10 @@ def report(rows: list[dict], given: argparse.Namespace, load: list[float]) -> No
     lines = [
         "# What tracking costs a step, and what is lost",
         "",
-        f"`{about['command']}`, {about['date']}, {about['cores']} cores, Python {about['python']}; every step logged, the "
-        f"sender looks once a second. Other work ran on the machine: load average {min(load):.1f} to {max(load):.1f}. "
-        "The step time beside the bare loop's is the median over rounds, with the smallest and largest.",
+        f"`{about['command']}`, {about['date']}, {about['cores']} cores, Python {about['python']}; every step logged, "
+        f"the sender looks once a second. Other work ran on the machine: load average "
+        f"{min(load):.1f} to {max(load):.1f}. The step time beside the bare "
+        "loop's is the median over rounds, with the smallest and largest.",
         "",
         "| MLflow | median step | beside the bare loop | longest step | points | lost after `sync` |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",

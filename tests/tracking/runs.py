@@ -96,7 +96,7 @@ def start_server(folder: Path, port: int) -> subprocess.Popen:
     environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # five more processes, for language models
     with open(folder / "server.log", "ab") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, env=environment, start_new_session=True)
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 180
     while True:
         try:
             urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).close()
