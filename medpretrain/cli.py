@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.progress import Progress
 from rich.table import Table
 
 import data_prep.cli
@@ -119,6 +120,28 @@ def export(
     from medpretrain.export.of_run import export_run
 
     export_run(run, out, overwrite=overwrite)
+
+
+@app.command()
+def sync(
+    run: RunFolder,
+    uri: Annotated[
+        str | None, typer.Option(help="an MLflow tracking URI; the run's own by default", show_default=False)
+    ] = None,
+    experiment: Annotated[
+        str | None, typer.Option(help="MLflow's experiment; the run's own by default", show_default=False)
+    ] = None,
+    timeout: Annotated[float, typer.Option(help="seconds that the server may give no answer")] = 60.0,
+) -> None:
+    """Send what a tracking server lacks of a run: metrics, parameters, files, and how it ended."""
+    from medpretrain.tracking.replay import sync as run_sync
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        rows = bar.add_task("rows")
+        synced = run_sync(
+            run, uri, experiment, timeout, lambda done, total: bar.update(rows, completed=done, total=total)
+        )
+    print(f"{synced.rows} rows, {synced.points} points sent; {synced.there} were there already: {synced.uri}")
 
 
 @app.command()

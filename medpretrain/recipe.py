@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le
-from pydantic import BaseModel, BeforeValidator, ConfigDict, FiniteFloat, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FiniteFloat, field_serializer, model_validator
 
 from medpretrain.data.views import View
+from medpretrain.tracking.redaction import redact
 
 Fraction = Annotated[float, Ge(0), Le(1)]
 Positive = Annotated[float, Gt(0)]
@@ -198,8 +199,15 @@ class Run(_Section):
 
 class Tracking(_Section):
     uri: str | None = None
-    """An MLflow tracking URI, or `none`; by default MLFLOW_TRACKING_URI, then mlflow.db beside the run folder."""
+    """An MLflow tracking URI, or `none`; by default MLFLOW_TRACKING_URI, then mlflow.db beside the run folder.
+    A password in it is used and never written down; better give MLFLOW_TRACKING_USERNAME and _PASSWORD."""
     experiment: str = "medpretrain"
+    tensorboard: bool = False
+    """Write TensorBoard's event files to the folder `tensorboard` of the run too."""
+
+    @field_serializer("uri")
+    def _without_password(self, uri: str | None) -> str | None:
+        return uri and redact(uri)
 
 
 _CHANGEABLE = (

@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from medpretrain import cli
+from medpretrain.tracking.metrics_log import read_metrics
 from medpretrain.training.checkpoint import verify
-from medpretrain.training.metrics_log import read_metrics
 
 RECIPE = """\
 name: small

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from data_prep.dataset import Dataset
+from medpretrain.tracking.metrics_log import read_metrics
 from medpretrain.training import checkpoint
-from medpretrain.training.metrics_log import read_metrics
 
 STEPS, BATCH = 14, 8
 VIEWS = {
