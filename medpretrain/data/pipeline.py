@@ -190,7 +190,7 @@ def undecodable(
 
 # What DALI throws is always a RuntimeError; only its text tells whose fault it is.
 _IN_THE_DECODER = re.compile(r"fn\.decoders\.image\b.*?encountered:\s*(.*)", re.DOTALL)
-_NOT_THE_IMAGE = re.compile(r"memory|alloc|cuda", re.IGNORECASE)
+_NOT_THE_IMAGE = re.compile(r"memory|alloc|\bcuda\b|cudaError", re.IGNORECASE)
 
 
 def _fault_of_an_image(error: RuntimeError) -> str | None:

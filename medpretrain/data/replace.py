@@ -152,8 +152,8 @@ class Replacements:
         shown = ", ".join(f"{shard} ({count})" for shard, count in shards.most_common(20))
         more = f" and {len(shards) - 20} more" if len(shards) > 20 else ""
         raise WorkFailed(
-            f"{len(self._bad)} images do not decode, and faults.replaced_samples allows for {self._limit}: they are in "
-            f"{shown}{more}. The last is {self._named(row)} ({why}); {self._advice(self._bad)}"
+            f"more images do not decode than faults.replaced_samples={self._limit} of a process: they are in {shown}"
+            f"{more}. The last is {self._named(row)} ({why}); {self._advice(self._bad)}"
         )
 
     def _tell(self, row: int, other: int, step: int) -> None:
