@@ -200,6 +200,8 @@ def build_stream(recipe: Recipe, dataset: Mixture, process: Process, order: Samp
         share=Share(process.rank, process.world, recipe.train.micro_batches),
         order=order,
         trace=recipe.run_dir / f"samples-rank{process.rank}.jsonl" if data.trace else None,
+        replace_limit=recipe.faults.replaced_samples,
+        replaced=recipe.run_dir / f"replaced-rank{process.rank}.jsonl",
     )
 
 
