@@ -58,8 +58,15 @@ def train(
     recipe: RecipeName,
     overrides: Overrides = None,
     resume: Annotated[
-        str, typer.Option(help="auto: from the newest whole checkpoint of run.dir; never; or a checkpoint's folder")
+        str,
+        typer.Option(
+            help="auto: from the newest whole checkpoint of run.dir; never; or the folder or URL of a checkpoint"
+        ),
     ] = "auto",
+    override: Annotated[
+        list[str] | None,
+        typer.Option(help="a key in which the recipe may differ from the checkpoint's, as in optim.lr; repeatable"),
+    ] = None,
 ) -> None:
     """Pretrain a backbone; alone, or under torchrun."""
     loaded = load_recipe(recipe, overrides or [])
@@ -67,7 +74,7 @@ def train(
 
     last_words.remember(loaded.run_dir)
     try:
-        finished = run_training(loaded, resume if resume in ("auto", "never") else Path(resume))  # type: ignore[arg-type]
+        finished = run_training(loaded, resume, override or [])
     except KeyboardInterrupt as error:  # typer would say no more than "Aborted."
         raise WorkFailed("interrupted from the keyboard") from error
     if _leads():

@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from medpretrain import cli
+from medpretrain.checkpoints import at
 from medpretrain.tracking.metrics_log import read_metrics
-from medpretrain.training.checkpoint import verify
 
 RECIPE = """\
 name: small
@@ -100,7 +100,7 @@ def test_train_resume_evaluate_export_and_what_is_refused_on_the_way(medpretrain
     assert len(list((run / "evaluation").glob("knn-class-*.json"))) == 1
     one = run / "checkpoints" / "step-00000003"
     assert medpretrain("evaluate", "knn", one, small_dataset)[0] == 0
-    verify(one)  # nothing was written into it
+    at(one)  # nothing was written into it
     assert medpretrain("evaluate", "linear", run, small_dataset, "--label", "modality")[0] == 0
 
     (tmp_path / "theirs").mkdir()

@@ -20,7 +20,7 @@ from typing import Any, Literal, NoReturn
 
 from data_prep.errors import UserError, WorkFailed
 from medpretrain.health.exits import Exit
-from medpretrain.training.tracking import redact
+from medpretrain.tracking.redaction import redact
 
 FAILURES_FILE = "failures.jsonl"
 _RECIPE_FILE = "recipe.yaml"  # a folder that has it is a run

@@ -108,11 +108,11 @@ def refuse_other(recipe: Recipe, found: Found, about: CheckpointInfo, override: 
         )
     if found.info.recipe_sha256 == about.recipe_sha256:
         return
-    ours, was = recipe.identity(), read_recipe(found.info.recipe).identity()
-    keys = [key for key in {**was, **ours} if ours.get(key) != was.get(key) and not _under(key, override)]
+    now, was = recipe.identity(), read_recipe(found.info.recipe).identity()
+    keys = [key for key in {**was, **now} if now.get(key) != was.get(key) and not _under(key, override)]
     if not keys:
         return
-    shown = [f"{key} was {was.get(key)!r} and is {ours.get(key)!r}" for key in keys[:4]]
+    shown = [f"{key} was {was.get(key)!r} and is {now.get(key)!r}" for key in keys[:4]]
     difference = ", ".join(shown) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
     raise UserError(f"{found} is of another recipe: {difference}; {_way_out(keys)}")
 

@@ -18,7 +18,7 @@ from PIL import Image
 from data_prep.dataset import SHARDS, Dataset
 from data_prep.images import prepare
 from medpretrain.data.mixture import Mixture
-from medpretrain.training.metrics_log import read_metrics
+from medpretrain.tracking.metrics_log import read_metrics
 
 STEPS, BATCH, AHEAD = 26, 8, 12  # AHEAD: more steps than are ever prepared in advance
 DEADLINE_S = 240
