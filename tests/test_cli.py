@@ -90,7 +90,7 @@ def test_train_resume_evaluate_export_and_what_is_refused_on_the_way(medpretrain
     refused(medpretrain("train", recipe, f"run.dir={run}", "--resume", "never"), "--resume never")
     refused(medpretrain("evaluate", "kn", run, small_dataset), "'knn'")
     refused(medpretrain("evaluate", "knn", run, tmp_path), str(tmp_path))
-    refused(medpretrain("evaluate", "knn", tmp_path / "none", small_dataset), "no whole checkpoint")
+    refused(medpretrain("evaluate", "knn", tmp_path / "none", small_dataset), "neither a run")
     refused(medpretrain("evaluate", "knn", run, small_dataset, "--baseline", "imagenet"), "'random'")
     refused(medpretrain("evaluate", "knn", run, small_dataset, "--label", "clas"), "'class'")
 

@@ -9,6 +9,7 @@ from typing import Any, TypedDict, cast
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 from torch import nn
 
 from data_prep.errors import UserError
@@ -104,7 +105,7 @@ class DatasetFacts(TypedDict):
     bit_depth: int
     splits: dict[str, int]
     training: dict[str, Any]
-    """The fields of its `TrainingSet`."""
+    """Its `TrainingSet` as JSON."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def load_run(run: Path) -> TrainedRun:
         raise UserError(f"the run in {run} has no whole checkpoint")
     recipe = read_recipe(found.info.recipe)
     dataset: DatasetFacts = found.info.extra["dataset"]
-    method = build_method(from_scratch(recipe), TrainingSet(**dataset["training"]))
+    method = build_method(from_scratch(recipe), TypeAdapter(TrainingSet).validate_python(dataset["training"]))
     method.load_state_dict(read(found, "method."))
     assert recipe.data.mean is not None
     assert recipe.data.std is not None

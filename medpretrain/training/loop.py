@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 import os
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pydantic import TypeAdapter
 
 from data_prep.errors import UserError
 from medpretrain.checkpoints import CheckpointInfo, Saver, load, open_target
@@ -24,6 +24,7 @@ from medpretrain.health.preemption import Preemption
 from medpretrain.health.restarts import refuse_no_progress
 from medpretrain.health.watchdog import Watchdog
 from medpretrain.methods import method_class
+from medpretrain.methods.base import TrainingSet
 from medpretrain.models.batchnorm import use_global_batchnorm
 from medpretrain.recipe import Recipe
 from medpretrain.recipe_file import dump_recipe
@@ -77,7 +78,7 @@ def train(recipe: Recipe, resume: str | Path = "auto", override: Collection[str]
             dump_recipe(recipe), recipe.sha256, dataset.sha256, process.world, strategy=recipe.strategy
         )
         data = training_set(recipe, dataset, stream.order)
-        facts = DatasetFacts(bit_depth=dataset.bit_depth, splits=dataset.splits, training=dataclasses.asdict(data))
+        facts = DatasetFacts(bit_depth=dataset.bit_depth, splits=dataset.splits, training=TypeAdapter(TrainingSet).dump_python(data, mode="json"))
         method = build_method(recipe, data).to(process.device)
         refuse_batchnorm_of_one(method, recipe, process.world)
         if process.world > 1 and recipe.train.sync_batchnorm:

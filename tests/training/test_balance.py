@@ -74,7 +74,7 @@ def test_a_balanced_run_sees_equal_classes_and_resumes_exactly(how, recipe, mixt
     assert all(torch.equal(value, again[name]) for name, value in first.items())
     resumed = (tmp_path / "again" / "samples-rank0.jsonl").read_text().splitlines()
     assert [json.loads(line)["sample"] for line in resumed][: whole.step - 3] == seen[3 : whole.step]
-    assert load_run(whole.run).dataset["training"]["counts"]["class"] == (round(images / 4),) * 4
+    assert load_run(whole.run).dataset["training"]["counts"]["class"] == [round(images / 4)] * 4
 
 
 def test_another_balance_is_another_run(recipe, tmp_path):
