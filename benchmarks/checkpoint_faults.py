@@ -317,7 +317,7 @@ def markdown(rows: list[dict[str, object]], cost: dict[str, object] | None, abou
             "",
             f"## What hashing costs: a save of {cost['megabytes']} MB, median of {cost['repeats']}",
             "",
-            "| | training stands still, s | until committed, s | of it writing waited for the hash, s |",
+            "| | training stands still, s | until committed, s | the hash took longer than writing by, s |",
             "| --- | --- | --- | --- |",
         ]
         for how, row in median.items():
