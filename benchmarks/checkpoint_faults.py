@@ -333,8 +333,8 @@ def markdown(rows: list[dict[str, object]], cost: dict[str, object] | None, abou
             )
         lines += [
             "",
-            f"Hashing adds {cost['hashing_adds']:+.0%} to the time until the commit, in the background; training stands "
-            f"still {median['with']['blocked_s'] - median['without']['blocked_s']:+.2f} s longer with it.",
+            f"Hashing adds {cost['hashing_adds']:+.0%} to the time until the commit, in the background; training "
+            f"stands still {median['with']['blocked_s'] - median['without']['blocked_s']:+.2f} s longer with it.",
         ]
     return "\n".join(lines) + "\n"
 
