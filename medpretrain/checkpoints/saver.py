@@ -44,7 +44,7 @@ class Outcome:
     """Training stood still: values were copied to host memory."""
     writing_s: float
     hashing_s: float
-    """That writing had to wait for the hash."""
+    """That the hash took longer than writing."""
     total_s: float
     """From the call to the commit, or to the error."""
 
@@ -187,8 +187,8 @@ class Saver:
 
         def written() -> Streamed:
             nonlocal streamed
-            with self._target.create(draft, draft.file(process.rank, process.world)) as file:
-                streamed = stream(file, task.layout.header, self._staging)
+            opened = self._target.create(draft, draft.file(process.rank, process.world))
+            streamed = stream(opened, task.layout.header, self._staging)
             return streamed
 
         try:

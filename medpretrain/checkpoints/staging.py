@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -81,20 +82,26 @@ class Streamed:
     sha256: str
     writing_s: float
     hashing_s: float
-    """Seconds that writing waited for the hash: what hashing costs."""
+    """Seconds that the hash took longer than the file took to be on disk: what hashing costs."""
 
 
-def stream(file: BinaryIO, header: bytes, staging: Staging) -> Streamed:
-    """Write header and data, and hash them in a second thread at the same time."""
-    digest, size, waited = hashlib.sha256(header), len(header), 0.0
+def stream(opened: AbstractContextManager[BinaryIO], header: bytes, staging: Staging) -> Streamed:
+    """Write header and data to the file that `opened` gives and closes, and hash them in a second thread meanwhile."""
     start = time.perf_counter()
     with ThreadPoolExecutor(1) as beside:
-        write_all(file, memoryview(header))
-        for chunk in staging.data():
-            hashed = beside.submit(digest.update, chunk)  # both let other threads run meanwhile
-            write_all(file, chunk)
-            size += len(chunk)
-            wrote = time.perf_counter()
-            hashed.result()
-            waited += time.perf_counter() - wrote
-    return Streamed(size, digest.hexdigest(), time.perf_counter() - start - waited, waited)
+        hashed = beside.submit(_sha256, header, staging)  # hashing and writing both let other threads run
+        size = len(header)
+        with opened as file:
+            write_all(file, memoryview(header))
+            for chunk in staging.data():
+                write_all(file, chunk)
+                size += len(chunk)
+        wrote = time.perf_counter()  # and on disk
+        return Streamed(size, hashed.result(), wrote - start, time.perf_counter() - wrote)
+
+
+def _sha256(header: bytes, staging: Staging) -> str:
+    digest = hashlib.sha256(header)
+    for chunk in staging.data():
+        digest.update(chunk)
+    return digest.hexdigest()

@@ -27,6 +27,7 @@ _DATA = re.compile(r"[0-9a-f]{8}-rank-\d{5,}-of-\d{5,}\.safetensors")
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
 class StoreTarget:
     """A prefix of an object store; credentials and endpoint are fsspec's own settings.
 
@@ -34,24 +35,29 @@ class StoreTarget:
     damaged checkpoints.
     """
 
-    def __init__(self, url: str) -> None:
-        self._url = url.rstrip("/")
-        self._store = UrlStore(self._url)
+    url: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "url", self.url.rstrip("/"))
 
     def __str__(self) -> str:
-        return self._url
+        return self.url
+
+    @property
+    def _store(self) -> UrlStore:
+        return UrlStore(self.url)
 
     @contextlib.contextmanager
     def _system(self) -> Iterator[tuple[Any, str]]:
         """The file system, and the prefix as it knows it; its errors are WorkFailed, with one line."""
-        system, path = fsspec.core.url_to_fs(self._url)
+        system, path = fsspec.core.url_to_fs(self.url)
         try:
             yield system, path.rstrip("/")
         except (CheckpointError, WorkFailed, FileNotFoundError):
             raise
         except Exception as error:  # every system has errors of its own
             said = " ".join(str(error).split())[:300]
-            raise WorkFailed(f"{self._url}: {said or type(error).__name__}") from error
+            raise WorkFailed(f"{self.url}: {said or type(error).__name__}") from error
 
     def _files(self) -> dict[str, set[str]]:
         """What lies below each checkpoint's name, committed or not."""
@@ -66,7 +72,7 @@ class StoreTarget:
         return by_step(name for name, files in self._files().items() if MANIFEST in files)
 
     def place(self, name: str, file: str = "") -> str:
-        return f"{self._url}/{name}/{file}".rstrip("/")
+        return f"{self.url}/{name}/{file}".rstrip("/")
 
     def manifest(self, name: str) -> bytes:
         try:
@@ -91,9 +97,9 @@ class StoreTarget:
             with self._system() as (system, path):
                 data = system.cat_file(f"{path}/{file}", start=start, end=start + len(into))
         except FileNotFoundError as error:
-            raise CheckpointError(f"{self._url}/{file} is missing") from error
+            raise CheckpointError(f"{self.url}/{file} is missing") from error
         if len(data) != len(into):
-            raise CheckpointError(f"{self._url}/{file} ends at byte {start + len(data)}")
+            raise CheckpointError(f"{self.url}/{file} ends at byte {start + len(data)}")
         into[:] = data
 
     def begin(self, step: int, size: int, files: int) -> Draft:
@@ -129,6 +135,8 @@ class StoreTarget:
                 # this save's own, so that what stays is in no manifest.
                 with contextlib.suppress(Exception):
                     opened.discard()
+                with contextlib.suppress(AttributeError):
+                    opened.closed = True  # or it is closed after all when it is collected
                 raise
             opened.close()
 
@@ -165,7 +173,7 @@ class StoreTarget:
         with self._system() as (system, path):
             system.pipe_file(f"{path}/{other}", data)
         self._store.remove(f"{name}/{MANIFEST}")
-        return f"{self._url}/{other}"
+        return f"{self.url}/{other}"
 
 
 @dataclass(frozen=True)

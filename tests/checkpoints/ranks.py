@@ -1,4 +1,4 @@
-"""What each process of tests/checkpoints/test_ranks.py does: `python ranks.py SCENARIO FOLDER` with torchrun's variables."""
+"""What each process of test_ranks.py does: `python ranks.py SCENARIOS FOLDER`, with the variables of torchrun."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -119,12 +120,8 @@ def errors_reach_every_process(folder, process):
 
     hole = mine if rank == last else [part for part in mine if part.name != "method.large"]
     writing.save(4, hole, {})
-    try:
+    with pytest.raises(AssertionError, match=r"method\.large: nobody has elements 0 to"):
         writing.wait()
-    except AssertionError as error:
-        assert "method.large: nobody has elements 0 to" in str(error)
-    else:
-        raise AssertionError("a hole was committed")
 
     writing.save(5, mine, {})
     fifth = writing.wait()
@@ -155,14 +152,8 @@ def errors_reach_every_process(folder, process):
 
 
 def refused(work, message):
-    import re
-
-    try:
+    with pytest.raises(CheckpointError, match=message):
         work()
-    except CheckpointError as error:
-        assert re.search(message, str(error)), error
-    else:
-        raise AssertionError(f"nothing was said of {message}")
 
 
 def a_process_is_lost(folder, process):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def faults():
     script = Path(__file__).parents[2] / "benchmarks" / "checkpoint_faults.py"
     spec = importlib.util.spec_from_file_location("checkpoint_faults", script)
@@ -20,21 +20,24 @@ def faults():
     return module
 
 
+@pytest.fixture(scope="module")
+def there(faults, run_ranks, tmp_path_factory):
+    """Each trial leaves it as it was."""
+    return faults.Folder(tmp_path_factory.mktemp("faults"), random.SystemRandom().randrange(2**20), run_ranks)
+
+
 @pytest.mark.distributed
-def test_every_fault_is_found_and_the_checkpoint_before_is_loaded_to_the_bit(faults, run_ranks, tmp_path):
-    seed = random.SystemRandom().randrange(2**20)
-    print("seed", seed)
-    there = faults.Folder(tmp_path, seed, run_ranks)
-    rows = faults.trials(there, 4 * len(faults.FAULTS) * 2, random.Random(seed))
+def test_every_fault_is_found_and_the_checkpoint_before_is_loaded_to_the_bit(faults, there):
+    print("seed", there.seed)
+    rows = faults.trials(there, 8 * len(faults.FAULTS), random.Random(there.seed))
     assert len(rows) == 120
     assert {row["fault"] for row in rows} == {fault.__name__.replace("_", " ") for fault in faults.FAULTS}
     assert [row for row in rows if not all(row[key] for key in faults.ASKED)] == []
 
 
 @pytest.mark.distributed
-def test_a_fault_that_is_not_found_is_counted_as_such(faults, run_ranks, tmp_path, monkeypatch):
+def test_a_fault_that_is_not_found_is_counted_as_such(faults, there, monkeypatch):
     """Were nothing hashed, the harness would say so."""
-    there = faults.Folder(tmp_path, 3, run_ranks)
     monkeypatch.setattr("medpretrain.checkpoints.reading._sha256", lambda target, name, file, size: Anything())
     draw = random.Random(3)
     rows = [faults.trial(there, faults.data_of_another_save, draw) for _ in range(3)]

@@ -1,4 +1,4 @@
-"""Checkpoints of several processes: any number of them reads what any number wrote, and none waits for one that failed."""
+"""Checkpoints of several processes: any number reads what any number wrote; none waits for one that failed."""
 
 from __future__ import annotations
 
