@@ -72,8 +72,7 @@ def wait_until_gone(pids, timeout):
     [
         (signal.SIGTERM, ()),
         (signal.SIGUSR1, ("--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",)),
-        (signal.SIGUSR1, ()),  # kills the agent
-        (signal.SIGKILL, ()),
+        (signal.SIGKILL, ()),  # and so does SIGUSR1 without the flag
     ],
 )
 def test_workers_of_a_signalled_or_killed_agent_commit_and_leave(ranks, number, flags):
