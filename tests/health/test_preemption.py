@@ -76,7 +76,7 @@ def wait_until_gone(pids, timeout):
     ],
 )
 def test_workers_of_a_signalled_or_killed_agent_commit_and_leave(ranks, number, flags):
-    ranks.torchrun(hang_s=30, steps=10**6, flags=flags)
+    ranks.torchrun(hang_s=30, steps=10_000, flags=flags)
     ranks.wait_for_steps(10)
     pids = workers_of(ranks.processes[0].pid)
     assert len(pids) == 2

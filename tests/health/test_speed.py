@@ -51,7 +51,7 @@ def slow_events(ranks):
 @pytest.mark.distributed
 def test_a_rank_that_is_held_up_is_named_and_an_even_pair_is_not(ranks):
     # Held up for five sixths of the time and named from a factor of three, so that a busy machine is no difference.
-    ranks.start(steps=10**6, hang_s=20, probe_s=0.2, own_core=1, pause=0.005, slow=3)
+    ranks.start(steps=20_000, hang_s=20, probe_s=0.2, own_core=1, pause=0.005, slow=3)
     ranks.wait_for_steps(400, timeout=90)
     assert not slow_events(ranks)
     held = threading.Event()
