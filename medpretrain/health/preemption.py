@@ -19,6 +19,8 @@ from medpretrain.health.exits import Exit
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _PR_SET_PDEATHSIG = 1
+_MAX = dist.AllreduceOptions()
+_MAX.reduceOp = dist.ReduceOp.MAX
 
 _log = logging.getLogger(__name__)
 
@@ -90,7 +92,7 @@ class Preemption:
             self._work = None
             if not found:
                 self._flag.fill_(self._received)  # of several signals the largest number wins
-                self._work = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+                self._work = self._group.allreduce([self._flag], _MAX)
         if not found:
             return None
         name = signal.Signals(found).name

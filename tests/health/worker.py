@@ -87,7 +87,8 @@ def main(run: Path, options: dict) -> None:
                 if faulty and options["fail"] == "data":
                     time.sleep(1000)
                 asked = time.perf_counter()
-                time.sleep(0.02 if options["slow_data"] == process.rank else 0)
+                if options["slow_data"] == process.rank:
+                    time.sleep(0.02)
                 watchdog.waited_for_data(time.perf_counter() - asked)
                 watchdog.mark(step, "step")
                 if faulty:
