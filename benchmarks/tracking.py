@@ -163,6 +163,8 @@ def report(rows: list[dict], given: argparse.Namespace, load: list[float]) -> No
         "| MLflow | median step | beside the bare loop | longest step | points | lost after `sync` |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
+    if max(load) > (os.cpu_count() or 1):
+        lines[2] += " That is more than the cores can do: these step times show the other work, not the tracking."
     for row in rows:
         low, high = min(row["rounds"]), max(row["rounds"])
         lines.append(

@@ -81,7 +81,7 @@ class Session:
         run = self._known() if self._state.run_id else None
         if run is None:
             run = self._find_or_create(experiment, run_name, start_ms, lost=found is None)
-        elif run.info.status != "RUNNING":
+        if run.info.status != "RUNNING":
             self._client.update_run(run.info.run_id, status="RUNNING")
         self.run_id: str = run.info.run_id
         self._state.run_id = self.run_id

@@ -61,7 +61,7 @@ class TensorBoardWriter:
     def _work(self) -> None:
         try:
             self._follow()
-        except (OSError, UserError) as error:
+        except (OSError, ImportError, UserError) as error:
             _log.warning("no more rows are written to %s (%s); %s has them", self._folder, error, self._metrics)
 
     def _follow(self) -> None:
