@@ -272,6 +272,22 @@ def test_augmentations_of_all_other_samples_stay_as_they_were(damaged, small_dat
     assert replaced >= 2
 
 
+def test_draws_are_those_of_the_sample_and_the_size_is_that_of_the_image_in_its_place(damaged, tmp_path):
+    bad = set(damaged.train[[8, 30]].tolist())
+    damaged.overwrite(bad)
+    one = stream(damaged.folder, AUGMENTED, trace=tmp_path / "trace")
+    take(one, 0, 5)
+    replaced = 0
+    for line in said(tmp_path / "trace")[:5]:
+        places = one.order.step(line["step"], 12)
+        rows = np.array(expected_rows(damaged.dataset, bad, places.sample))
+        digests = [chosen.digest() for _, chosen in one.parameters(places, rows)]
+        assert line["parameters"] == np.bitwise_xor.reduce(digests).tolist()
+        before = damaged.train[places.sample]
+        replaced += (one.dataset.sizes[before] != one.dataset.sizes[rows]).any(axis=1).sum()
+    assert replaced
+
+
 def test_a_shard_that_becomes_shorter_while_it_is_open_kills_nobody(damaged):
     shards = damaged.dataset.shard_ids[damaged.train]
     last = damaged.train[shards == shards[0]].tolist()[-3:]
