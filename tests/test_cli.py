@@ -149,13 +149,15 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_code_1_and_the_cure(medpret
 def test_damaged_checkpoints_are_passed_over_and_never_trained_over(medpretrain, recipe, tmp_path, caplog):
     run = tmp_path / "run"
     assert medpretrain("train", recipe, f"run.dir={run}")[0] == 0
-    newest = run / "checkpoints" / "step-00000003" / "state.pt"
+    newest = run / "checkpoints" / "step-00000003" / "rank-00000-of-00001.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1] + b"?")
     assert medpretrain("train", recipe, f"run.dir={run}")[0] == 0
     assert "step-00000003" in caplog.text
-    for path in (run / "checkpoints").glob("step-*/state.pt"):
+    assert [path.name for path in (run / "checkpoints" / "aside").iterdir()] == ["step-00000003-1"]
+    for path in (run / "checkpoints").glob("step-*/rank-*"):
         path.write_bytes(b"")
-    refused(medpretrain("train", recipe, f"run.dir={run}"), "whole")
+    for _ in range(2):
+        refused(medpretrain("train", recipe, f"run.dir={run}"), "whole")
 
 
 def test_recipes_are_listed_and_shown(medpretrain):

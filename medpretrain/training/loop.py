@@ -78,7 +78,8 @@ def train(recipe: Recipe, resume: str | Path = "auto", override: Collection[str]
             dump_recipe(recipe), recipe.sha256, dataset.sha256, process.world, strategy=recipe.strategy
         )
         data = training_set(recipe, dataset, stream.order)
-        facts = DatasetFacts(bit_depth=dataset.bit_depth, splits=dataset.splits, training=TypeAdapter(TrainingSet).dump_python(data, mode="json"))
+        known = TypeAdapter(TrainingSet).dump_python(data, mode="json")
+        facts = DatasetFacts(bit_depth=dataset.bit_depth, splits=dataset.splits, training=known)
         method = build_method(recipe, data).to(process.device)
         refuse_batchnorm_of_one(method, recipe, process.world)
         if process.world > 1 and recipe.train.sync_batchnorm:

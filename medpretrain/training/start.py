@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,8 @@ from medpretrain.recipe_file import read_recipe
 from medpretrain.training.process import Process
 
 RECIPE_FILE = "recipe.yaml"
+
+_log = logging.getLogger(__name__)
 
 
 def check_folder(run: Path) -> None:
@@ -70,15 +73,17 @@ def start_from(
             raise UserError(
                 f"{run} has checkpoints already and --resume never would train over them; set another run.dir"
             )
-        found = newest(target, own, aside=True) if kept else None
+        found = newest(target, own) if kept else None
         if kept and found is None:
             raise UserError(f"none of the checkpoints in {target} is whole; to start anew give another run.dir")
     else:
         found = _asked_for(resume, own)
     if found is not None:
         refuse_other(recipe, found, about, override)
-        if resume != "auto":
-            aside_later(target, found.step, own)
+        # Later ones are damaged, or an earlier one was asked for: a crash must not bring the run back to them.
+        for place in aside_later(target, found.step, own):
+            if own.leads:
+                _log.warning("a checkpoint that is later than %s is put aside: %s", found, place)
     return found
 
 

@@ -223,42 +223,6 @@ def test_a_run_places_its_prototypes_once_and_resumes_with_them(two_classes, rec
     assert kept["training"]["counts"]["class"] == list(seen.counts["class"])
 
 
-def test_a_run_places_its_prototypes_once_and_resumes_with_them(two_classes, recipe, tmp_path, monkeypatch):
-    surveys = []
-
-    class Counting(Surveyor):
-        def before_step(self, method, progress):
-            before = method.prototypes.clone()
-            super().before_step(method, progress)
-            surveys.append((progress.step, not torch.equal(before, method.prototypes)))
-
-    monkeypatch.setattr(loop, "Surveyor", Counting)
-
-    def train(run, resume="auto"):
-        chosen = recipe(two_classes, f"run.dir={tmp_path / run}", method="supervised_prototypes", projector="16, 4")
-        return loop.train(chosen, resume)
-
-    whole = train("whole")
-    assert surveys == [(0, True), (1, False), (2, False), (3, False)]
-    surveys.clear()
-    again = train("again", resume=tmp_path / "whole" / "checkpoints" / "step-00000002")
-    assert surveys == [(2, False), (3, False)]
-
-    first, second = (read(at(one.checkpoint), "method.") for one in (whole, again))
-    assert first.keys() == second.keys()
-    assert all(torch.equal(value, second[name]) for name, value in first.items())
-    lines = (whole.run / "samples-rank0.jsonl").read_text().splitlines()
-    traced = [json.loads(line)["step"] for line in lines]
-    assert traced == sorted(set(traced))  # the survey's own images are not among those trained on
-    majority, minority = first["prototypes"]
-    assert majority.norm().item() == pytest.approx(1)
-    assert torch.equal(majority, -minority)
-    assert (
-        load_run(whole.run).dataset["training"]["counts"]["class"]
-        == at(whole.checkpoint).info.extra["dataset"]["training"]["counts"]["class"]
-    )
-
-
 def test_a_run_places_the_prototype_of_the_majority_among_the_images_it_starts_from(two_classes, recipe):
     """What reaches the buffer is the median of the untrained network's embeddings, of both classes together."""
     chosen = recipe(two_classes, "train.steps=1", "optim.lr=1e-12", method="supervised_prototypes")
