@@ -53,7 +53,8 @@ class Steps:
     _streak: int = 0
     _rollbacks: int = 0
     _failed_at: int = 0
-    _saved: int = -1
+    _saved: int = 0
+    _batches: Generator[Batch] | None = None
 
     def run(self, step: int) -> Found:
         """Train from `step` to the end; gives the last checkpoint.
@@ -62,37 +63,52 @@ class Steps:
             Preempted: a signal asked for it; the checkpoint is committed.
             RunFailed: too many steps that are not finite, or the last checkpoint could not be saved.
         """
-        batches = self.stream.batches(step)
+        self._saved = step
         try:
             while step < self.total:
-                measured = self._step(step, batches)
-                step += 1
-                self._streak = 0 if measured.finite else self._streak + 1
-                if not measured.finite:
-                    self._skip(step)
-                if self._streak > self.recipe.faults.skip:
-                    batches.close()
-                    step = self._roll_back(step)
-                    batches = self.stream.batches(step)
-                    continue
-                if step == self.total or step % self.recipe.train.log_every == 0:
-                    self._report(step, measured)
-                asked = self.preemption.agreed(step)
-                due = step == self.total or asked is not None
-                # After a step that was left out it waits for a good one: weights that cause faults are no way back.
-                if due or (step >= self._next_save and not self._streak):
-                    self._save(step)
-                if asked is not None and step < self.total:
-                    self._leave(step, asked)
+                step = self.once(step)
         finally:
-            batches.close()
+            self.close()
         self.watchdog.mark(step, "save")
         return self._last(step)
 
-    def _step(self, step: int, batches: Generator[Batch]) -> Measured:
+    def once(self, step: int) -> int:
+        """One step and all that is due after it; gives the number of steps that are done, fewer after a rollback.
+
+        Raises:
+            Preempted, RunFailed: see `run`.
+        """
+        measured = self._step(step)
+        step += 1
+        self._streak = 0 if measured.finite else self._streak + 1
+        if not measured.finite:
+            self._skip(step)
+        if self._streak > self.recipe.faults.skip:
+            self.close()
+            return self._roll_back(step)
+        if step == self.total or step % self.recipe.train.log_every == 0:
+            self._report(step, measured)
+        asked = self.preemption.agreed(step)
+        # After a step that was left out it waits for a good one: weights that cause faults are no way back.
+        due = self._saved // self.recipe.checkpoint.every < step // self.recipe.checkpoint.every and not self._streak
+        if due or step == self.total or asked is not None:
+            self._save(step)
+        if asked is not None and step < self.total:
+            self._leave(step, asked)
+        return step
+
+    def close(self) -> None:
+        """End the threads that prepare batches."""
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
+
+    def _step(self, step: int) -> Measured:
         self.watchdog.mark(step, "data")
         asked = time.perf_counter()
-        batch = next(batches)
+        if self._batches is None:
+            self._batches = self.stream.batches(step)
+        batch = next(self._batches)
         waited = time.perf_counter() - asked
         self.reporter.waited(waited)
         self.watchdog.waited_for_data(waited)
@@ -111,11 +127,6 @@ class Steps:
     def _note(self, event: str, step: int, **more: Any) -> None:
         if self.process.leads:
             note(self.recipe.run_dir, {"event": event, "step": step, **more})
-
-    @property
-    def _next_save(self) -> int:
-        every = self.recipe.checkpoint.every
-        return (max(self._saved, 0) // every + 1) * every
 
     def _save(self, step: int) -> None:
         self.watchdog.mark(step, "save")
