@@ -15,6 +15,8 @@ from medpretrain.tracking.provenance import write_provenance
 from medpretrain.tracking.sender import Tracker
 from medpretrain.tracking.tensorboard import TensorBoardWriter, refuse_without_tensorboard
 
+_HURRY_S = 5.0
+
 _log = logging.getLogger(__name__)
 
 
@@ -82,4 +84,7 @@ class RunTracking:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close("FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED")
+        if kind is None:
+            self.close()
+        else:  # who is asked to leave is killed after 30 s; what is not sent now is sent by `sync`
+            self.close("FAILED" if issubclass(kind, Exception) else "KILLED", timeout_s=_HURRY_S)

@@ -133,7 +133,7 @@ def train(recipe: Recipe, resume: str | Path = "auto", override: Collection[str]
             Surveyor(
                 lambda: survey_stream(recipe, dataset, process),
                 recipe.train.precision,
-                on_batch=lambda: watchdog.mark(step, "survey"),
+                on_batch=lambda at: watchdog.mark(at, "survey"),
             ),
             reporter,
             target,
