@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import mmap
 import os
 import resource
+import threading
 from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,7 +29,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_prep.dataset_info import FORMAT, TOOL, DatasetInfo, Vocabulary, canonical, checksum, parse_info
-from data_prep.errors import UserError, nearest
+from data_prep.errors import UserError, WorkFailed, nearest
 
 INFO, INDEX, QUARANTINE, SHARDS = "dataset.json", "index.parquet", "quarantine.parquet", "shards"
 LABEL_PREFIX = "label."
@@ -213,8 +213,28 @@ def _codes(index: pa.Table, column: str, names: Sequence[str]) -> np.ndarray:
     return table[words.indices.to_numpy()]
 
 
+class _Shard:
+    """An open file, closed once nobody reads from it any more."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise WorkFailed(f"{path} cannot be opened any more: {error.strerror}") from None
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
+
+    def read(self, offset: int, length: int) -> bytes:
+        found = os.pread(self._descriptor, length, offset)
+        if len(found) < length:
+            raise OSError(f"its shard ends {length - len(found)} bytes too early")
+        return found
+
+
 class Dataset:
-    """A prepared dataset, opened for reading: columns as arrays, images as bytes of memory-mapped shards.
+    """A prepared dataset, opened for reading: columns as arrays, images as bytes of their shards.
 
     Opening reads dataset.json and index.parquet and looks at the sizes of the shards, not into them (`medpretrain
     prep verify` does). A Dataset can be pickled: it opens itself anew, and refuses if the data changed meanwhile.
@@ -243,10 +263,11 @@ class Dataset:
         self._split_ids = _codes(index, "split", self._splits)
         self._offsets = index.column("offset").to_numpy()
         self._lengths = index.column("length").to_numpy()
-        # A mapping holds a file descriptor, and a dataset may have more shards than a process may have of those.
+        # A dataset may have more shards than a process may have open files.
         self._share = share
         self._most_open = max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // (2 * share))
-        self._open: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._open: OrderedDict[int, _Shard] = OrderedDict()
+        self._opening = threading.Lock()
 
     @classmethod
     def open(cls, path: str | Path, share: int = 1) -> Dataset:
@@ -316,26 +337,42 @@ class Dataset:
             raise UserError(f"{self.path} has no label {name!r}{hint}")
         return self.info.labels[name]
 
-    def read(self, rows: np.ndarray) -> list[np.ndarray]:
-        """The encoded images of some rows: a 1-D uint8 array each, a read-only view of its mapped shard (no copy)."""
-        rows = np.asarray(rows)
-        starts = self._offsets[rows]
-        places = zip(
-            self.shard_ids[rows].tolist(), starts.tolist(), (starts + self._lengths[rows]).tolist(), strict=True
-        )
-        return [self._shard(number)[start:stop] for number, start, stop in places]
+    def sample_name(self, row: int) -> tuple[str, str]:
+        """The shard of a row and its key there: how a message names a sample."""
+        return self.info.shards[self.shard_ids[row]].name, self.index.column("key")[row].as_py()
 
-    def _shard(self, number: int) -> np.ndarray:
-        mapped = self._open.get(number)
-        if mapped is not None:
-            self._open.move_to_end(number)
-            return mapped
-        with (self.path / SHARDS / self.info.shards[number].name).open("rb") as file:
-            mapped = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-        self._open[number] = mapped
-        if len(self._open) > self._most_open:
-            self._open.popitem(last=False)  # unmapped once the last view of it is gone
-        return mapped
+    def read(self, rows: np.ndarray) -> list[np.ndarray]:
+        """The encoded images of some rows: a read-only 1-D uint8 array each.
+
+        They are read and not mapped, for where a mapped file has become shorter or its disk fails, the process is
+        killed (SIGBUS).
+
+        Raises:
+            OSError: an image cannot be read, or its shard ends before it does.
+            WorkFailed: a shard cannot be opened any more.
+        """
+        rows = np.asarray(rows)
+        places = zip(
+            self.shard_ids[rows].tolist(), self._offsets[rows].tolist(), self._lengths[rows].tolist(), strict=True
+        )
+        return [np.frombuffer(self._bytes(*place), np.uint8) for place in places]
+
+    def _bytes(self, number: int, offset: int, length: int) -> bytes:
+        try:
+            return self._shard(number).read(offset, length)
+        except OSError:
+            # Whoever puts a damaged file right writes another one in its place: what is open is still the old.
+            with self._opening:
+                self._open.pop(number, None)
+            return self._shard(number).read(offset, length)
+
+    def _shard(self, number: int) -> _Shard:
+        with self._opening:  # streams of several threads read from one dataset
+            shard = self._open.pop(number, None) or _Shard(self.path / SHARDS / self.info.shards[number].name)
+            self._open[number] = shard
+            if len(self._open) > self._most_open:
+                self._open.popitem(last=False)
+        return shard
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopen, (self.path, self.sha256, self._share)

@@ -12,12 +12,16 @@ class UserError(ValueError):
     The command line prints the message alone and exits with code 2.
     """
 
+    exit_code = 2
+
 
 class WorkFailed(RuntimeError):
     """Work that was asked for rightly cannot be ended; the message names the cause and what to do.
 
-    The command line prints the message alone and exits with code 1.
+    The command line prints the message alone and exits with code 1, or with that of a kind of its own.
     """
+
+    exit_code = 1
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

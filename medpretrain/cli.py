@@ -5,18 +5,19 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.progress import Progress
 from rich.table import Table
 
 import data_prep.cli
-from data_prep.errors import UserError, WorkFailed
+from data_prep.errors import WorkFailed
+from medpretrain.health import last_words
+from medpretrain.health.exits import exit_codes
 from medpretrain.recipe_file import dump_recipe, load_recipe, recipe_files
 
 app = typer.Typer(
@@ -52,19 +53,30 @@ def show(name: RecipeName, overrides: Overrides = None) -> None:
     print(dump_recipe(load_recipe(name, overrides or [])), end="")
 
 
-@app.command()
+@app.command(epilog=exit_codes())
 def train(
     recipe: RecipeName,
     overrides: Overrides = None,
     resume: Annotated[
-        str, typer.Option(help="auto: from the newest whole checkpoint of run.dir; never; or a checkpoint's folder")
+        str,
+        typer.Option(
+            help="auto: from the newest whole checkpoint of run.dir; never; or the folder or URL of a checkpoint"
+        ),
     ] = "auto",
+    override: Annotated[
+        list[str] | None,
+        typer.Option(help="a key in which the recipe may differ from the checkpoint's, as in optim.lr; repeatable"),
+    ] = None,
 ) -> None:
     """Pretrain a backbone; alone, or under torchrun."""
     loaded = load_recipe(recipe, overrides or [])
     from medpretrain.training.loop import train as run_training
 
-    finished = run_training(loaded, resume if resume in ("auto", "never") else Path(resume))  # type: ignore[arg-type]
+    last_words.remember(loaded.run_dir)
+    try:
+        finished = run_training(loaded, resume, override or [])
+    except KeyboardInterrupt as error:  # typer would say no more than "Aborted."
+        raise WorkFailed("interrupted from the keyboard") from error
     if _leads():
         print(f"{finished.step} steps done. Checkpoint: {finished.checkpoint}")
         print(f"next: medpretrain evaluate knn {finished.run} {loaded.data.path[0]} --baseline random")
@@ -118,6 +130,28 @@ def export(
 
 
 @app.command()
+def sync(
+    run: RunFolder,
+    uri: Annotated[
+        str | None, typer.Option(help="an MLflow tracking URI; the run's own by default", show_default=False)
+    ] = None,
+    experiment: Annotated[
+        str | None, typer.Option(help="MLflow's experiment; the run's own by default", show_default=False)
+    ] = None,
+    timeout: Annotated[float, typer.Option(help="seconds that the server may give no answer")] = 60.0,
+) -> None:
+    """Send what a tracking server lacks of a run: metrics, parameters, files, and how it ended."""
+    from medpretrain.tracking.replay import sync as run_sync
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        rows = bar.add_task("rows")
+        synced = run_sync(
+            run, uri, experiment, timeout, lambda done, total: bar.update(rows, completed=done, total=total)
+        )
+    print(f"{synced.rows} rows, {synced.points} points sent; {synced.there} were there already: {synced.uri}")
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="where everything goes")] = Path("demo"),
     per_class: Annotated[int, typer.Option(help="images made of each class")] = 48,
@@ -130,7 +164,7 @@ def demo(
 
 
 def main() -> None:
-    """The console script: a user's mistake is one line and exit code 2, a run that cannot go on is exit code 1."""
+    """The console script: whatever goes wrong, its last line says what, and the exit code is one of `Exit`."""
     logging.basicConfig(
         level=logging.INFO if _leads() else logging.WARNING,
         format="%(message)s",
@@ -138,20 +172,11 @@ def main() -> None:
     )
     for chatty in ("mlflow", "alembic", "httpx", "timm", "nvidia", "matplotlib"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    last_words.remember(None)
     try:
         app()
-    except UserError as error:
-        _fail(error, 2)
-    except WorkFailed as error:
-        _fail(error, 1)
-
-
-def _fail(error: Exception, code: int) -> None:
-    # Under torchrun every process meets the same error; one line a host is enough.
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        where = f" on {socket.gethostname()}" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-        print(f"error{where}: {error}", file=sys.stderr)
-    sys.exit(code)
+    except Exception as error:
+        last_words.end(error)
 
 
 def _leads() -> bool:

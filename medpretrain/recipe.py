@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le
-from pydantic import BaseModel, BeforeValidator, ConfigDict, FiniteFloat, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FiniteFloat, field_serializer, model_validator
 
 from medpretrain.data.views import View
+from medpretrain.tracking.redaction import redact
 
 Fraction = Annotated[float, Ge(0), Le(1)]
 Positive = Annotated[float, Gt(0)]
@@ -166,8 +167,8 @@ class Checkpoint(_Section):
     """How many of the newest stay."""
     keep_every: Count | None = None
     """Those of steps that this divides stay too."""
-    keep_best: str | None = None
-    """A metric, such as `loss`; the one in which it was lowest stays too."""
+    keep_best: Literal["loss"] | None = None
+    """The one at which this metric, as it was last logged, was lowest stays too."""
     to: str | None = None
     """A folder or a URL such as s3://bucket/run; by default the folder `checkpoints` of the run."""
     background: bool = True
@@ -198,8 +199,15 @@ class Run(_Section):
 
 class Tracking(_Section):
     uri: str | None = None
-    """An MLflow tracking URI, or `none`; by default MLFLOW_TRACKING_URI, then mlflow.db beside the run folder."""
+    """An MLflow tracking URI, or `none`; by default MLFLOW_TRACKING_URI, then mlflow.db beside the run folder.
+    A password in it is used and never written down; better give MLFLOW_TRACKING_USERNAME and _PASSWORD."""
     experiment: str = "medpretrain"
+    tensorboard: bool = False
+    """Write TensorBoard's event files to the folder `tensorboard` of the run too."""
+
+    @field_serializer("uri")
+    def _without_password(self, uri: str | None) -> str | None:
+        return uri and redact(uri)
 
 
 _CHANGEABLE = (
@@ -207,6 +215,10 @@ _CHANGEABLE = (
     *("data.path", "data.threads", "data.trace", "train.threads", "train.log_every", "train.micro_batches"),
     *("train.zero_stage", "train.checkpoint_activations", "train.compile", "train.channels_last"),
 )
+
+OVERRIDABLE = ("optim.", "train.steps", "train.epochs", "train.precision", "backbone.drop_path")
+"""What else may change at a resumption, where it is asked for by `--override`: nothing that changes a tensor's shape;
+`optim.name` may not."""
 
 
 class Recipe(_Section):

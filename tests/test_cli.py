@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from medpretrain import cli
-from medpretrain.training.checkpoint import verify
-from medpretrain.training.metrics_log import read_metrics
+from medpretrain.checkpoints import at
+from medpretrain.tracking.metrics_log import read_metrics
 
 RECIPE = """\
 name: small
@@ -90,7 +90,7 @@ def test_train_resume_evaluate_export_and_what_is_refused_on_the_way(medpretrain
     refused(medpretrain("train", recipe, f"run.dir={run}", "--resume", "never"), "--resume never")
     refused(medpretrain("evaluate", "kn", run, small_dataset), "'knn'")
     refused(medpretrain("evaluate", "knn", run, tmp_path), str(tmp_path))
-    refused(medpretrain("evaluate", "knn", tmp_path / "none", small_dataset), "no whole checkpoint")
+    refused(medpretrain("evaluate", "knn", tmp_path / "none", small_dataset), "neither a run")
     refused(medpretrain("evaluate", "knn", run, small_dataset, "--baseline", "imagenet"), "'random'")
     refused(medpretrain("evaluate", "knn", run, small_dataset, "--label", "clas"), "'class'")
 
@@ -100,7 +100,7 @@ def test_train_resume_evaluate_export_and_what_is_refused_on_the_way(medpretrain
     assert len(list((run / "evaluation").glob("knn-class-*.json"))) == 1
     one = run / "checkpoints" / "step-00000003"
     assert medpretrain("evaluate", "knn", one, small_dataset)[0] == 0
-    verify(one)  # nothing was written into it
+    at(one)  # nothing was written into it
     assert medpretrain("evaluate", "linear", run, small_dataset, "--label", "modality")[0] == 0
 
     (tmp_path / "theirs").mkdir()
@@ -149,13 +149,15 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_code_1_and_the_cure(medpret
 def test_damaged_checkpoints_are_passed_over_and_never_trained_over(medpretrain, recipe, tmp_path, caplog):
     run = tmp_path / "run"
     assert medpretrain("train", recipe, f"run.dir={run}")[0] == 0
-    newest = run / "checkpoints" / "step-00000003" / "state.pt"
+    newest = run / "checkpoints" / "step-00000003" / "rank-00000-of-00001.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1] + b"?")
     assert medpretrain("train", recipe, f"run.dir={run}")[0] == 0
     assert "step-00000003" in caplog.text
-    for path in (run / "checkpoints").glob("step-*/state.pt"):
+    assert [path.name for path in (run / "checkpoints" / "aside").iterdir()] == ["step-00000003-1"]
+    for path in (run / "checkpoints").glob("step-*/rank-*"):
         path.write_bytes(b"")
-    refused(medpretrain("train", recipe, f"run.dir={run}"), "whole")
+    for _ in range(2):
+        refused(medpretrain("train", recipe, f"run.dir={run}"), "whole")
 
 
 def test_recipes_are_listed_and_shown(medpretrain):

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import queue
 import threading
+from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,11 +19,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data_prep.dataset import Dataset
-from data_prep.errors import UserError
+from data_prep.errors import UserError, WorkFailed
 from medpretrain.data.augment import apply
 from medpretrain.data.mixture import Mixture
 from medpretrain.data.order import Places, SampleSequence
-from medpretrain.data.pipeline import CropPipeline, Crops, Feed
+from medpretrain.data.pipeline import CropPipeline, Crops, DecodeError, Feed, undecodable, whole
+from medpretrain.data.replace import Replacements, faults
 from medpretrain.data.views import Parameters, View, draw
 
 Views = dict[str, list[Tensor]]
@@ -39,7 +43,8 @@ class Batch:
         micro: the images of this rank, in equal parts, each a forward pass.
         labels: for each label kind the ids of the whole global batch, (size,) int64, -1 where unknown: known to every
             rank without a word between them.
-        samples: which image of the training split each of the global batch is, (size,) int64.
+        samples: which image of the training split each of the global batch is, (size,) int64; also where it does not
+            decode and another with the same labels is seen in its place.
     """
 
     step: int
@@ -70,8 +75,11 @@ class Stream:
         labels: the label kinds that travel with a batch.
         share: this process's part.
         order: which samples stand where, instead of a shuffle of the split.
-        trace: a file to which epoch, row (numbered through the datasets) and parameter digest of every sample that goes
-            into the pipeline are appended.
+        trace: a file to which epoch, row (numbered through the datasets) and parameter digest of every sample that
+            comes out of the pipeline are appended; and where one was replaced, which rows would have been seen.
+        replace_limit: how many samples that do not decode this stream replaces; the batch with the next raises
+            WorkFailed.
+        replaced: a file to which each of them is appended.
 
     Raises:
         UserError: fewer samples than the global batch, weights that it cannot hold, a global batch that the share does
@@ -97,6 +105,8 @@ class Stream:
         prefetch: int = 2,
         order: SampleSequence | None = None,
         trace: Path | None = None,
+        replace_limit: int = 0,
+        replaced: Path | None = None,
     ) -> None:
         self.dataset, self.views, self.seed, self.global_batch = dataset, dict(views), seed, global_batch
         self._share = share or Share()
@@ -110,7 +120,16 @@ class Stream:
                 f"train.global_batch={global_batch} is not divisible by {self._share.world} processes x "
                 f"{self._share.micro_batches} micro-batches"
             )
-        self._labels = {name: torch.from_numpy(dataset.labels(name)) for name in labels}
+        ids = {name: dataset.labels(name) for name in labels}
+        self._labels = {name: torch.from_numpy(column) for name, column in ids.items()}
+        self._replacements = Replacements(
+            dataset,
+            self._rows,
+            np.stack([np.zeros_like(self._rows), *(column[self._rows] for column in ids.values())]),
+            partial(undecodable, channels=channels, bit_depth=dataset.bit_depth, device=device),
+            replace_limit,
+            replaced,
+        )
 
     @property
     def steps_per_epoch(self) -> float:
@@ -120,6 +139,11 @@ class Stream:
 
     def __len__(self) -> int:
         return self.order.epoch_size
+
+    @property
+    def replaced(self) -> int:
+        """How many samples did not decode so far."""
+        return len(self._replacements)
 
     @property
     def all_labels(self) -> dict[str, Tensor]:
@@ -155,27 +179,61 @@ class Stream:
 
     def _batches(self, start: int) -> Iterator[Batch]:
         share = self._share
+        first = share.rank * (self.global_batch // share.world)
+        micro: list[Views] = []
+        step = start
+        for views in self._micro_batches(start * share.micro_batches):
+            micro.append(views)
+            if len(micro) == share.micro_batches:
+                samples = self.order.step(step, self.global_batch).sample
+                labels = {name: ids[self._rows[samples]].to(self._device) for name, ids in self._labels.items()}
+                numbers = torch.from_numpy(samples).to(self._device)
+                yield Batch(step, self.seed, self.global_batch, first, micro, labels, numbers)
+                micro, step = [], step + 1
+
+    def _micro_batches(self, micro_step: int) -> Iterator[Views]:
+        """This rank's parts of global batches, from one on.
+
+        Where an image does not decode, all that was prepared is thrown away and made anew from that part on, with
+        another image in its place.
+        """
+        mean, std = _per_channel(self._mean, self._device), _per_channel(self._std, self._device)
+        with self._trace.open("a") if self._trace else nullcontext() as trace:
+            while True:
+                planned: deque[_Planned] = deque()  # what went into the pipeline and has not come out
+                try:
+                    for crops in self._pipeline(micro_step, planned):
+                        plan = planned.popleft()
+                        if trace is not None:
+                            trace.write(plan.line() + "\n")
+                            trace.flush()
+                        chosen = zip(crops, plan.parameters, strict=True)
+                        made = [apply(crop, view, parameters, mean, std) for crop, (view, parameters) in chosen]
+                        yield _by_name(made, self.views)
+                        micro_step += 1
+                except DecodeError:
+                    # All of them: DALI does not promise that the error comes with the batch that has the image.
+                    if not sum(self._replacements.inspect(plan.seen, plan.step) for plan in planned):
+                        raise
+
+    def _pipeline(self, first: int, planned: deque[_Planned]) -> CropPipeline:
+        """The micro-batches of this rank from one on; what is fed is appended to `planned`."""
+        share = self._share
         local = self.global_batch // share.world
         part = local // share.micro_batches
-        planned: queue.SimpleQueue[list[tuple[View, Parameters]]] = queue.SimpleQueue()
-        trace = self._trace.open("a") if self._trace else None
 
         def feeds() -> Iterator[Feed]:
-            for micro_step in _count(start * share.micro_batches):
+            for micro_step in _count(first):
                 step, turn = divmod(micro_step, share.micro_batches)
                 places = self.order.places(step * self.global_batch + share.rank * local + turn * part, part)
                 rows = self._rows[places.sample]
-                parameters = self.parameters(places, rows)
-                planned.put(parameters)
-                if trace is not None:
-                    digest = np.bitwise_xor.reduce([chosen.digest() for _, chosen in parameters])
-                    row = {"step": step, "epoch": places.epoch.tolist(), "sample": rows.tolist()}
-                    trace.write(json.dumps({**row, "parameters": digest.tolist()}) + "\n")
-                    trace.flush()
-                crops = [Crops(chosen.start, chosen.end, chosen.flip) for _, chosen in parameters]
-                yield self.dataset.read(rows), crops
+                seen, images = self._replacements.read(rows, step)
+                plan = _Planned(step, places.epoch, rows, seen, self.parameters(places, seen))
+                planned.append(plan)
+                crops = [Crops(chosen.start, chosen.end, chosen.flip) for _, chosen in plan.parameters]
+                yield images, self.dataset.sizes[seen], crops
 
-        pipeline = CropPipeline(
+        return CropPipeline(
             feeds(),
             sizes=[view.size for view in self.views.values() for _ in range(view.count)],
             batch=part,
@@ -185,19 +243,23 @@ class Stream:
             threads=self._threads,
             ahead=2,
         )
-        mean, std = _per_channel(self._mean, self._device), _per_channel(self._std, self._device)
-        micro: list[Views] = []
-        step = start
-        for crops in pipeline:
-            chosen = zip(crops, planned.get(), strict=True)
-            made = [apply(crop, view, parameters, mean, std) for crop, (view, parameters) in chosen]
-            micro.append(_by_name(made, self.views))
-            if len(micro) == share.micro_batches:
-                samples = self.order.step(step, self.global_batch).sample
-                labels = {name: ids[self._rows[samples]].to(self._device) for name, ids in self._labels.items()}
-                numbers = torch.from_numpy(samples).to(self._device)
-                yield Batch(step, self.seed, self.global_batch, share.rank * local, micro, labels, numbers)
-                micro, step = [], step + 1
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """A micro-batch on its way: the rows whose turn it is, those that are seen, and how each view is made."""
+
+    step: int
+    epoch: NDArray[np.int64]
+    rows: NDArray[np.int64]
+    seen: NDArray[np.int64]
+    parameters: list[tuple[View, Parameters]]
+
+    def line(self) -> str:
+        digest = np.bitwise_xor.reduce([chosen.digest() for _, chosen in self.parameters])
+        line = {"step": self.step, "epoch": self.epoch.tolist(), "sample": self.seen.tolist()}
+        line["parameters"] = digest.tolist()
+        return json.dumps(line if (self.rows == self.seen).all() else line | {"in_place_of": self.rows.tolist()})
 
 
 def plain_batches(
@@ -212,16 +274,17 @@ def plain_batches(
     device: torch.device,
     threads: int = 2,
 ) -> Iterator[Tensor]:
-    """The images of `rows` in order, resized to size x size and normalised: (n, C, size, size), n <= batch."""
-    whole = Crops(
-        np.zeros((batch, 2), dtype=np.float32), np.ones((batch, 2), dtype=np.float32), np.zeros(batch, dtype=np.bool_)
-    )
+    """The images of `rows` in order, resized to size x size and normalised: (n, C, size, size), n <= batch.
+
+    Raises:
+        WorkFailed: an image does not decode. None is replaced here: what is measured is of all the images.
+    """
 
     def feeds() -> Iterator[Feed]:
         for first in range(0, len(rows), batch):
             some = rows[first : first + batch]
             padded = np.concatenate([some, np.repeat(some[-1:], batch - len(some))])  # DALI wants equal batches
-            yield dataset.read(padded), [whole]
+            yield dataset.read(padded), dataset.sizes[padded], [whole(batch)]
 
     pipeline = CropPipeline(
         feeds(),
@@ -235,9 +298,21 @@ def plain_batches(
     )
     shift, scale = _per_channel(mean, device), _per_channel(std, device)
     left = len(rows)
-    for (images,) in pipeline:
-        yield images[:left].sub_(shift[:, None, None]).div_(scale[:, None, None])
-        left -= batch
+    try:
+        for (images,) in pipeline:
+            yield images[:left].sub_(shift[:, None, None]).div_(scale[:, None, None])
+            left -= batch
+    except (DecodeError, OSError):
+        decoder = partial(undecodable, channels=channels, bit_depth=dataset.bit_depth, device=device)
+        ahead = rows[len(rows) - left :][: 4 * batch]  # what may have been in the pipeline
+        for row, why in faults(dataset, ahead, decoder).items():
+            shard, key = dataset.sample_name(row)
+            raise WorkFailed(
+                f"image {key} of {dataset.path}/shards/{shard} does not decode ({why}), and none is left out or "
+                "replaced where something is measured; "
+                f"'medpretrain prep verify {dataset.path}' finds all that are damaged"
+            ) from None
+        raise
 
 
 def _per_channel(values: Sequence[float], device: torch.device) -> Tensor:

@@ -156,6 +156,11 @@ class Mixture:
             raise UserError(f"there is no label {name!r} in {self}{nearest(name, there) or '; it has none'}")
         return list(dict.fromkeys(word for dataset in having for word in dataset.label_names(name)))
 
+    def sample_name(self, row: int) -> tuple[int, str, str]:
+        """The number of a row's dataset, its shard and its key there: how a message names a sample."""
+        number = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return number, *self.datasets[number].sample_name(row - int(self._starts[number]))
+
     def read(self, rows: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
         """The encoded images of some rows, as `Dataset.read` gives them."""
         which = np.searchsorted(self._starts, rows, side="right") - 1

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from data_prep.errors import UserError
-from medpretrain.models.batchnorm import statistics_kept
+from medpretrain.models.batchnorm import Statistics
 
 
 def blocks(backbone: nn.Module) -> list[nn.Module]:
@@ -59,4 +60,15 @@ def checkpoint_activations(backbone: nn.Module) -> None:
 
 
 def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    return nullcontext(), statistics_kept(block)
+    return nullcontext(), _counted_once(block)
+
+
+@contextmanager
+def _counted_once(block: nn.Module) -> Iterator[None]:
+    """What BatchNorm records within it is taken back. Not to record it would not do: the second computation must save
+    for its backward pass what the first has saved."""
+    statistics = Statistics(block)
+    try:
+        yield
+    finally:
+        statistics.take_back()

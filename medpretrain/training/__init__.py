@@ -1,1 +1,1 @@
-"""The loop, checkpoints, schedules, tracking."""
+"""The loop, checkpoints, schedules."""

@@ -9,9 +9,12 @@ from typing import Any, TypedDict, cast
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 from torch import nn
 
 from data_prep.errors import UserError
+from medpretrain.checkpoints import CheckpointInfo, Found, at, newest, open_target, read
+from medpretrain.checkpoints.manifest import MANIFEST
 from medpretrain.data.balance import BalancedOrder
 from medpretrain.data.mixture import Mixture
 from medpretrain.data.order import SampleSequence
@@ -21,8 +24,7 @@ from medpretrain.models.backbones import create_backbone
 from medpretrain.models.preprocessing import Preprocessing
 from medpretrain.recipe import Recipe
 from medpretrain.recipe_file import read_recipe
-from medpretrain.training import checkpoint
-from medpretrain.training.checkpoint import CheckpointInfo
+from medpretrain.training.start import RECIPE_FILE
 
 
 def build_backbone(recipe: Recipe) -> Backbone:
@@ -103,7 +105,7 @@ class DatasetFacts(TypedDict):
     bit_depth: int
     splits: dict[str, int]
     training: dict[str, Any]
-    """The fields of its `TrainingSet`."""
+    """Its `TrainingSet` as JSON."""
 
 
 @dataclass(frozen=True)
@@ -125,22 +127,27 @@ def load_run(run: Path) -> TrainedRun:
     Raises:
         UserError: no run there, or no whole checkpoint in it.
     """
-    single = (run / checkpoint.MANIFEST).is_file()
-    path = run if single else checkpoint.newest(run)
-    if path is None:
-        raise UserError(f"{run} holds no whole checkpoint; a run folder has them in {run / 'checkpoints'}")
-    state, info = checkpoint.load(path)
-    recipe = read_recipe(info.recipe)
-    dataset: DatasetFacts = state["dataset"]
-    method = build_method(from_scratch(recipe), TrainingSet(**dataset["training"]))
-    method.load_state_dict(state["method"])
+    single = (run / MANIFEST).is_file()
+    if single:
+        found: Found | None = at(run)
+    elif (run / RECIPE_FILE).is_file():
+        to = read_recipe((run / RECIPE_FILE).read_text()).checkpoint.to
+        found = newest(open_target(to, run))
+    else:
+        raise UserError(f"{run} is neither a run nor a checkpoint: it has no {RECIPE_FILE}")
+    if found is None:
+        raise UserError(f"the run in {run} has no whole checkpoint")
+    recipe = read_recipe(found.info.recipe)
+    dataset: DatasetFacts = found.info.extra["dataset"]
+    method = build_method(from_scratch(recipe), TypeAdapter(TrainingSet).validate_python(dataset["training"]))
+    method.load_state_dict(read(found, "method."))
     assert recipe.data.mean is not None
     assert recipe.data.std is not None
     preprocessing = Preprocessing(
         image_size(recipe), recipe.data.channels, recipe.data.mean, recipe.data.std, bit_depth=dataset["bit_depth"]
     )
     return TrainedRun(
-        run.parent.parent if single else run, recipe, info, method.exported.eval(), preprocessing, dataset
+        run.parent.parent if single else run, recipe, found.info, method.exported.eval(), preprocessing, dataset
     )
 
 

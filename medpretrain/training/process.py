@@ -7,14 +7,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-from data_prep.errors import UserError, nearest
+from data_prep.errors import UserError, WorkFailed, nearest
+from medpretrain.health.flight_recorder import enable_flight_recorder
+from medpretrain.health.preemption import end_with_parent
 
-_TIMEOUT = timedelta(minutes=10)  # a lost rank should not hold the others for long
+_SHORTEST_TIMEOUT_S = 60.0  # ranks start some seconds apart
 Result = TypeVar("Result")
 
 
@@ -45,7 +48,7 @@ class Process:
         if self.leads:
             try:
                 told = [(decide(), None)]
-            except (ValueError, OSError) as error:
+            except (ValueError, OSError, WorkFailed) as error:
                 told = [(None, error)]
         dist.broadcast_object_list(told, src=0)
         result, failure = told[0]
@@ -73,15 +76,19 @@ def choose_device(device: str, local_rank: int = 0) -> torch.device:
 
 
 @contextmanager
-def joined(device: str) -> Iterator[Process]:
+def joined(device: str, *, hang_s: float = 600.0, traces: Path | None = None) -> Iterator[Process]:
     """Join the process group that torchrun describes in the environment; alone where it describes none.
 
     Args:
         device: `cpu`, `cuda` or `auto`.
+        hang_s: the recipe's `faults.hang_s`. A collective times out after twice as long, so that the watchdog, which
+            can name the rank that hangs, comes first.
+        traces: the folder for NCCL's record of the last collectives, should one hang; it need not be there yet.
 
     Raises:
         UserError: see `choose_device`.
     """
+    end_with_parent()
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -92,8 +99,11 @@ def joined(device: str) -> Iterator[Process]:
     if world == 1:
         yield process
         return
-    dist.init_process_group("nccl" if own.type == "cuda" else "gloo", timeout=_TIMEOUT)
-    try:
-        yield process
-    finally:
-        dist.destroy_process_group()
+    if traces is not None:
+        enable_flight_recorder(traces)
+    dist.init_process_group(
+        "nccl" if own.type == "cuda" else "gloo", timeout=timedelta(seconds=max(2 * hang_s, _SHORTEST_TIMEOUT_S))
+    )
+    yield process
+    # Not after an error: with a rank lost, NCCL's way out may never end, and the process's own end closes all.
+    dist.destroy_process_group()

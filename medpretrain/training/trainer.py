@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -165,15 +166,16 @@ class Trainer:
         of_read = [(value, grad) for value, grad in zip(read, reached[len(outputs) :], strict=True) if grad is not None]
         for turn, views in enumerate(batch.micro):
             last = turn == len(batch.micro) - 1
-            self._seed_layers(batch, turn)
-            again = self.strategy.forward(views)
-            first = sum(len(part["features"]) for part in parts[:turn])
-            live: list[tuple[Tensor, Tensor]] = [*of_read] if last else []
-            for name, value in again.items():
-                grad = of_output[name]
-                if value.requires_grad and grad is not None:
-                    live.append((value, grad[first : first + len(value)]))
-            self.strategy.backward([value for value, _ in live], [grad for _, grad in live], last=last)
+            with nullcontext() if last else self.strategy.unsynchronised():
+                self._seed_layers(batch, turn)
+                again = self.strategy.forward(views)
+                first = sum(len(part["features"]) for part in parts[:turn])
+                live: list[tuple[Tensor, Tensor]] = [*of_read] if last else []
+                for name, value in again.items():
+                    grad = of_output[name]
+                    if value.requires_grad and grad is not None:
+                        live.append((value, grad[first : first + len(value)]))
+                self.strategy.backward([value for value, _ in live], [grad for _, grad in live], last=last)
         return loss.detach(), {name: value.detach() for name, value in outputs.items()}
 
     def _seed_layers(self, batch: Batch, turn: int) -> None:

@@ -17,6 +17,7 @@ from medpretrain.data.batches import Batch
 from medpretrain.methods.base import TrainingSet
 from medpretrain.methods.simclr import SimClr, SimClrOptions
 from medpretrain.recipe import Recipe
+from medpretrain.tracking.metrics_log import read_metrics
 from medpretrain.training.build import build_backbone
 from medpretrain.training.collapse import (
     IMAGES,
@@ -29,7 +30,6 @@ from medpretrain.training.collapse import (
     uniformity,
 )
 from medpretrain.training.loop import train
-from medpretrain.training.metrics_log import read_metrics
 from medpretrain.training.process import Process
 from medpretrain.training.trainer import Trainer
 

@@ -7,10 +7,12 @@ import torch
 
 from data_prep.dataset import Dataset
 from data_prep.errors import UserError
+from medpretrain.checkpoints import at, read
 from medpretrain.evaluation.of_run import evaluate_run
 from medpretrain.export.of_run import export_run
 from medpretrain.recipe_file import load_recipe
-from medpretrain.training import checkpoint, loop
+from medpretrain.tracking import of_run
+from medpretrain.training import loop
 from medpretrain.training.build import load_run
 
 RECIPE = """\
@@ -37,12 +39,12 @@ def test_a_run_on_two_datasets_from_training_to_export(tmp_path, small_dataset, 
     hashes = tuple(Dataset.open(folder).sha256 for folder in (small_dataset, colour_dataset))
     tracked = []
 
-    class Tracker(loop.Tracker):
+    class Tracker(of_run.Tracker):
         def __init__(self, run, uri, experiment, run_name, params, artifacts):
             tracked.append(params)
             super().__init__(run, uri, experiment, run_name, params, artifacts)
 
-    monkeypatch.setattr(loop, "Tracker", Tracker)
+    monkeypatch.setattr(of_run, "Tracker", Tracker)
 
     def train(run, *overrides, resume="auto"):
         return loop.train(load_recipe(str(file), [f"run.dir={tmp_path / run}", *overrides]), resume)
@@ -50,10 +52,10 @@ def test_a_run_on_two_datasets_from_training_to_export(tmp_path, small_dataset, 
     whole = train("whole")
     assert (tracked[0]["dataset_sha256.0"], tracked[0]["dataset_sha256.1"]) == hashes
     half = tmp_path / "whole" / "checkpoints" / "step-00000003"
-    (first, info), (again, _) = (checkpoint.load(one.checkpoint) for one in (whole, train("again", resume=half)))
-    assert info.dataset_sha256 == hashes
-    assert first["method"].keys() == again["method"].keys()
-    assert all(torch.equal(value, again["method"][name]) for name, value in first["method"].items())
+    first, again = (read(at(one.checkpoint)) for one in (whole, train("again", resume=half)))
+    assert at(whole.checkpoint).info.dataset_sha256 == hashes
+    assert first.keys() == again.keys()
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
 
     swapped = f"data.path=[{colour_dataset},{small_dataset}]"
     with pytest.raises(UserError, match=rf"another order; go on with data.path=\[{small_dataset},{colour_dataset}\]"):

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from data_prep.dataset import Dataset
-from medpretrain.training import checkpoint
-from medpretrain.training.metrics_log import read_metrics
+from medpretrain.checkpoints import newest, open_target, read
+from medpretrain.tracking.metrics_log import read_metrics
 
 STEPS, BATCH = 14, 8
 VIEWS = {
@@ -99,9 +99,9 @@ def seen(run):
 
 
 def state(run):
-    path = checkpoint.newest(run)
-    assert path.name == f"step-{STEPS:08d}"
-    return checkpoint.load(path)[0]
+    found = newest(open_target(None, run))
+    assert found.step == STEPS
+    return read(found)
 
 
 def assert_identical(a, b, at=""):

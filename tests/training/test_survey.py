@@ -13,12 +13,13 @@ from torch import nn
 
 from data_prep.dataset import Dataset
 from data_prep.images import prepare
+from medpretrain.checkpoints import at, newest, open_target, read
 from medpretrain.data.batches import plain_batches
 from medpretrain.data.mixture import Mixture
 from medpretrain.losses.contrastive import unit
 from medpretrain.methods.base import Progress
 from medpretrain.recipe_file import load_recipe
-from medpretrain.training import checkpoint, loop
+from medpretrain.training import loop
 from medpretrain.training.build import build_method, load_run, training_set
 from medpretrain.training.process import Process
 from medpretrain.training.survey import Surveyor
@@ -207,23 +208,26 @@ def test_a_run_places_its_prototypes_once_and_resumes_with_them(two_classes, rec
     again = train("again", resume=tmp_path / "whole" / "checkpoints" / "step-00000002")
     assert surveys == [(2, False), (3, False)]
 
-    first, second = (checkpoint.load(one.checkpoint)[0] for one in (whole, again))
-    assert first["method"].keys() == second["method"].keys()
-    assert all(torch.equal(value, second["method"][name]) for name, value in first["method"].items())
+    first, second = (read(at(one.checkpoint), "method.") for one in (whole, again))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
     lines = (whole.run / "samples-rank0.jsonl").read_text().splitlines()
     traced = [json.loads(line)["step"] for line in lines]
     assert traced == sorted(set(traced))  # the survey's own images are not among those trained on
-    majority, minority = first["method"]["prototypes"]
+    majority, minority = first["prototypes"]
     assert majority.norm().item() == pytest.approx(1)
     assert torch.equal(majority, -minority)
-    assert load_run(whole.run).dataset["training"]["counts"]["class"] == first["dataset"]["training"]["counts"]["class"]
+    kept = at(whole.checkpoint).info.extra["dataset"]
+    assert load_run(whole.run).dataset == kept
+    seen = training_set(recipe(two_classes, method="supervised_prototypes"), Mixture.open([two_classes]))
+    assert kept["training"]["counts"]["class"] == list(seen.counts["class"])
 
 
 def test_a_run_places_the_prototype_of_the_majority_among_the_images_it_starts_from(two_classes, recipe):
     """What reaches the buffer is the median of the untrained network's embeddings, of both classes together."""
     chosen = recipe(two_classes, "train.steps=1", "optim.lr=1e-12", method="supervised_prototypes")
     finished = loop.train(chosen)
-    state = checkpoint.load(finished.checkpoint)[0]["method"]
+    state = read(at(finished.checkpoint), "method.")
     one = Listening(chosen)
     one.method.load_state_dict(state)
     directions = unit(one.alone())
@@ -242,9 +246,9 @@ def test_a_run_places_the_prototype_of_the_majority_among_the_images_it_starts_f
 def test_two_ranks_place_the_prototypes_of_one(two_classes, recipe, tmp_path, run_ranks):
     """Each embeds its own images of every global batch, and both see all embeddings in the same order."""
     chosen = recipe(two_classes, "train.steps=1", method="supervised_prototypes")
-    expected = checkpoint.load(loop.train(chosen).checkpoint)[0]["method"]["prototypes"]
+    expected = read(at(loop.train(chosen).checkpoint), "method.")["prototypes"]
     command = ["-m", "medpretrain.cli", "train", str(tmp_path / "surveyed.yaml"), "train.steps=1"]
     run_ranks([*command, f"run.dir={tmp_path / 'two'}"], 2)
-    found = checkpoint.load(checkpoint.newest(tmp_path / "two"))[0]["method"]["prototypes"]
+    found = read(newest(open_target(None, tmp_path / "two")), "method.")["prototypes"]
     assert found.any()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import pytest
 import torch
 from pydantic import ValidationError
+from torch import nn
 
 from medpretrain.data.batches import Batch
 from medpretrain.methods.base import TrainingSet
@@ -22,7 +24,7 @@ VIEWS = {"modan_mulsupcon": {"crop": {"size": 32, "count": 2}}, "dino": {"global
 SMALL = {"modan_mulsupcon": {"projector": [16, 8]}, "dino": {"prototypes": 16, "hidden": 16, "bottleneck": 8}}
 
 
-def trainer(method="modan_mulsupcon", **optim):
+def trainer(method="modan_mulsupcon", train=None, **optim):
     recipe = Recipe.model_validate(
         {
             "name": "one",
@@ -31,7 +33,7 @@ def trainer(method="modan_mulsupcon", **optim):
             "views": VIEWS[method],
             "method": {"name": method} | SMALL[method],
             "optim": {"name": "sgd", "lr": 0.1} | optim,
-            "train": {"steps": 10, "global_batch": 4},
+            "train": {"steps": 10, "global_batch": 4} | (train or {}),
         }
     )
     return Trainer(
@@ -165,3 +167,15 @@ def test_frozen_parameters_and_their_moments_stand_still():
         frozen = step < 5  # an epoch has 5 steps
         assert torch.equal(now()["method.student_head.prototypes"], first["method.student_head.prototypes"]) == frozen
     assert now()[state + "step"].item() == 1  # as if it had been new then
+
+
+@pytest.mark.parametrize("changes", [{"compile": True}, {"channels_last": True}, {"checkpoint_activations": True}])
+def test_what_makes_a_step_faster_or_smaller_does_not_change_it(changes, monkeypatch):
+    # Inductor takes a minute for these blocks; what it makes of them is its own affair, how they are called is ours.
+    monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend="eager"))
+    plain, other = trainer("modan_mulsupcon"), trainer("modan_mulsupcon", train=changes)
+    for step in range(3):
+        expected, found = plain.step(batch(step)), other.step(batch(step))
+        torch.testing.assert_close(found.loss, expected.loss, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found.grad_norm, expected.grad_norm, rtol=1e-4, atol=1e-6)
+    assert [part.name for part in other.parts()] == [part.name for part in plain.parts()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -48,6 +49,10 @@ class Strategy(ABC):
     @abstractmethod
     def _wrapped(self) -> nn.Module:
         """What is called in place of the method."""
+
+    def unsynchronised(self) -> AbstractContextManager[None]:
+        """Within it a forward and its backward pass are not the last of the step."""
+        return nullcontext()
 
     @abstractmethod
     def backward(self, values: Sequence[Tensor], gradients: Sequence[Tensor], *, last: bool) -> None:

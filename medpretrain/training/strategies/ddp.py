@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -40,10 +40,13 @@ class Ddp(Strategy):
     def _wrapped(self) -> nn.Module:
         return self._whole
 
+    def unsynchronised(self) -> AbstractContextManager[None]:
+        if isinstance(self._whole, DistributedDataParallel):
+            return self._whole.no_sync()
+        return nullcontext()
+
     def backward(self, values: Sequence[Tensor], gradients: Sequence[Tensor], *, last: bool) -> None:
-        one_of_several = isinstance(self._whole, DistributedDataParallel) and not last
-        with self._whole.no_sync() if one_of_several else nullcontext():  # type: ignore[operator]
-            torch.autograd.backward(values, gradients)
+        torch.autograd.backward(values, gradients)
 
     def gradients(self) -> list[Tensor | None]:
         return [parameter.grad for parameter in self.trained]

@@ -38,8 +38,7 @@ class Fsdp2(Strategy):
                 if network not in read_by_loss:
                     for block in blocks(network):
                         fully_shard(block, mesh=mesh)
-                    # Also the outermost, which otherwise stays whole: one that only follows has no backward pass
-                    # to take it apart again before it follows.
+                    # A network of which no gradient is asked would otherwise stay whole after its forward pass.
                     fully_shard(network, mesh=mesh, reshard_after_forward=True)
         parameters = dict(method.named_parameters())
         self._parameters = [parameters[name] for name in self.names]

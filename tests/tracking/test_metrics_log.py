@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from data_prep.errors import UserError
-from medpretrain.training.metrics_log import MetricsLog, MetricsTail, read_metrics
+from medpretrain.tracking.follow import Follower
+from medpretrain.tracking.metrics_log import MetricsLog, MetricsTail, read_metrics, read_rollbacks, rolled_back_file
 
 
 @pytest.fixture
@@ -43,7 +44,62 @@ def test_a_resumed_run_drops_the_rows_it_will_measure_again(path):
         assert steps(path) == [1, 2, 2]
         log.append({"step": 3})
     assert steps(path) == [1, 2, 2, 3]
-    assert [entry.name for entry in path.parent.iterdir()] == ["metrics.jsonl"]
+    assert sorted(entry.name for entry in path.parent.iterdir()) == ["metrics.jsonl", "metrics.rolled_back.jsonl"]
+
+
+def test_dropped_rows_are_kept_with_their_positions_and_nothing_is_rolled_back_where_nothing_was_dropped(path):
+    with MetricsLog(path) as log:
+        log.truncate_after(0)
+        for step in (1, 2, 2, 3):
+            log.append({"step": step, "time": 5.0, "a": math.nan})
+        log.truncate_after(3)
+        assert read_rollbacks(path) == []
+        log.truncate_after(1)
+        log.append({"step": 2, "time": 6.0})
+        log.truncate_after(1)
+    first, second = read_rollbacks(path)
+    assert (first.kept_to, [position for position, _ in first.rows]) == (1, [(2, 1), (2, 2), (3, 1)])
+    assert (second.kept_to, second.rows) == (1, [((2, 1), {"step": 2, "time": 6.0})])
+    assert read_rollbacks(path, first.end) == [second]
+
+
+@pytest.mark.parametrize("dropped", [True, False])
+def test_a_rollback_cut_off_by_a_crash_is_ended_by_the_next_start(path, dropped):
+    with MetricsLog(path) as log:
+        for step in (1, 2, 3):
+            log.append({"step": step, "time": 5.0})
+    rows = path.read_text().splitlines(keepends=True)
+    rolled_back_file(path).write_text("".join(rows[1:]) + '{"step":')
+    if dropped:
+        path.write_text(rows[0])
+    assert read_rollbacks(path) == []
+    MetricsLog(path).close()
+    (found,) = read_rollbacks(path)
+    assert (found.kept_to, len(found.rows)) == (1, 2)
+
+
+def test_a_follower_sees_a_rollback_before_any_row_that_was_measured_again(path, monkeypatch):
+    """Also if the run goes back just while the follower reads."""
+    with MetricsLog(path) as log:
+        for step in range(6):
+            log.append({"step": step, "time": step, "loss": 1.0})
+        follower = Follower(path)
+        follower.position = follower.rows()[-1][0]
+        log.append({"step": 6, "time": 6, "loss": 1.0})
+        real = MetricsTail.read
+
+        def read(self, limit):
+            monkeypatch.setattr(MetricsTail, "read", real)
+            log.truncate_after(2)
+            for step in range(3, 9):
+                log.append({"step": step, "time": step + 100, "loss": 1.0 if step < 5 else 2.0})
+            return real(self, limit)
+
+        monkeypatch.setattr(MetricsTail, "read", read)
+        rows = follower.rows()
+    assert (follower.rewound_to, [position[0] for position, _ in rows]) == (2, list(range(3, 9)))
+    times = [point.time_ms // 1000 for placed in rows for point in follower.points(placed)]
+    assert times == [3, 4, 105, 106, 107, 108]
 
 
 def test_a_torn_last_line_is_dropped_and_said(path, caplog):

@@ -3,6 +3,9 @@
 A row is one JSON object on one line with `step` (a whole number that never falls from row to row) and `time` (seconds
 since 1970). JSON has no NaN or infinity: they stand there as the strings "nan", "inf" and "-inf" and are read back as
 floats.
+
+Rows that a run drops as it goes back to a checkpoint are kept in `metrics.rolled_back.jsonl` beside it, each batch of
+them followed by a line that ends the rollback. Nothing reads that file but those who sent such rows on.
 """
 
 from __future__ import annotations
@@ -12,7 +15,8 @@ import logging
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
@@ -24,6 +28,9 @@ _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 _log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
+Position = tuple[int, int]
+"""The step of a row, and which row of that step it is, from 1."""
+Placed = tuple[Position, Row]
 
 
 class MetricsLog:
@@ -42,6 +49,7 @@ class MetricsLog:
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self._last_step = -1
+        _end_interrupted_rollback(path)
         if path.exists():
             _cut_torn_line(path)
             self._last_step = max((row["step"] for row in read_metrics(path)), default=-1)
@@ -62,17 +70,21 @@ class MetricsLog:
         self._last_step = step
 
     def truncate_after(self, step: int) -> None:
-        """Drop the rows of later steps, as a run resumed from `step` measures them again; all or nothing."""
-        rows = [row for row in read_metrics(self._path) if row["step"] <= step]
+        """Drop the rows of later steps, as a run that goes back to `step` measures them again; all or nothing."""
+        rows = read_metrics(self._path)
+        kept = [row for row in rows if row["step"] <= step]
+        if len(kept) == len(rows):
+            return
+        # A row measured again must never be seen before the end of the rollback, which must not be before its rows.
+        _append_durably(rolled_back_file(self._path), rows[len(kept) :])
         self._file.close()
         temporary = self._path.with_name(f".tmp-{self._path.name}")
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.writelines(_to_line(row) for row in rows)
-            file.flush()
-            os.fsync(file.fileno())
+        temporary.unlink(missing_ok=True)
+        _append_durably(temporary, kept)
         os.replace(temporary, self._path)
+        _append_durably(rolled_back_file(self._path), [{"step": step, "rolled_back": True}])
         self._file = self._open()
-        self._last_step = rows[-1]["step"] if rows else -1
+        self._last_step = kept[-1]["step"] if kept else -1
 
     def sync(self) -> None:
         """Put the rows on disk: a checkpoint that follows is never ahead of them."""
@@ -110,9 +122,9 @@ class MetricsTail:
 
     def _restart(self, inode: int) -> None:
         self._inode, self._offset, self._line = inode, 0, 0
-        self._position = (-1, 0)
+        self._position: Position = (-1, 0)
 
-    def read(self, limit: int) -> list[tuple[tuple[int, int], Row]]:
+    def read(self, limit: int) -> list[Placed]:
         """Up to `limit` rows that follow those read before, each with its position (step, nth row of that step).
 
         Positions grow along the file and are the same in every reading of it. After the file was replaced it is read
@@ -122,7 +134,7 @@ class MetricsTail:
             UserError: a line that is no row; its number is in the message.
             OSError: the file cannot be read.
         """
-        rows: list[tuple[tuple[int, int], Row]] = []
+        rows: list[Placed] = []
         if not self._path.exists():
             return rows
         with open(self._path, "rb") as file:
@@ -134,8 +146,7 @@ class MetricsTail:
                 if len(rows) == limit or not line.endswith(b"\n"):
                     break  # a line without its end is still being written
                 row = _from_line(line, self._path, self._line + 1)
-                last, nth = self._position
-                self._position = (row["step"], nth + 1 if row["step"] == last else 1)
+                self._position = _next_position(self._position, row)
                 self._offset += len(line)
                 self._line += 1
                 rows.append((self._position, row))
@@ -153,6 +164,81 @@ def read_metrics(path: Path) -> list[Row]:
     except FileNotFoundError as error:
         raise UserError(f"there are no metrics at {path}") from error
     return [_from_line(line, path, number) for number, line in enumerate(lines, 1)]
+
+
+@dataclass(frozen=True)
+class Rollback:
+    """A rollback that is complete: the run went back to `kept_to` and dropped `rows`.
+
+    `end` is where it ends in the file, in bytes.
+    """
+
+    kept_to: int
+    rows: list[Placed]
+    end: int
+
+
+def rolled_back_file(metrics: Path) -> Path:
+    """Where the rows are that were dropped from a metrics file."""
+    return metrics.with_name(f"{metrics.stem}.rolled_back{metrics.suffix}")
+
+
+def read_rollbacks(metrics: Path, start: int = 0) -> list[Rollback]:
+    """The complete rollbacks of a metrics file, oldest first, from an `end` of one on.
+
+    Raises:
+        UserError: a line that is no row.
+    """
+    path = rolled_back_file(metrics)
+    found: list[Rollback] = []
+    if not path.exists() or path.stat().st_size <= start:
+        return found
+    with open(path, "rb") as file:
+        file.seek(start)
+        rows: list[Placed] = []
+        position: Position = (-1, 0)
+        end = start
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                break
+            end += len(line)
+            row = _from_line(line, path, number)
+            if row.get("rolled_back") is True:
+                found.append(Rollback(row["step"], rows, end))
+                rows, position = [], (-1, 0)
+            else:
+                # Those of an attempt that was cut off stand before the whole of it.
+                position = _next_position(position if row["step"] >= position[0] else (-1, 0), row)
+                rows.append((position, row))
+    return found
+
+
+def _next_position(last: Position, row: Row) -> Position:
+    return row["step"], last[1] + 1 if row["step"] == last[0] else 1
+
+
+def _append_durably(path: Path, rows: Sequence[Row]) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(_to_line(row) for row in rows)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _end_interrupted_rollback(metrics: Path) -> None:
+    """A crash may have come before a rollback's last line, and before or after the rows were dropped.
+
+    Saying that it happened is right in both cases: rows that are still there are then sent again with the same times.
+    """
+    path = rolled_back_file(metrics)
+    if not path.exists():
+        return
+    _cut_torn_line(path)
+    whole = read_rollbacks(metrics)
+    with open(path, "rb") as file:
+        file.seek(whole[-1].end if whole else 0)
+        open_steps = [_from_line(line, path, number)["step"] for number, line in enumerate(file, 1)]
+    if open_steps:
+        _append_durably(path, [{"step": min(open_steps) - 1, "rolled_back": True}])
 
 
 def _to_line(row: Row) -> str:
