@@ -7,13 +7,16 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
-from data_prep.errors import UserError
+from data_prep.errors import UserError, WorkFailed
+from medpretrain.health.exits import Exit
 from medpretrain.recipe import Recipe
 from medpretrain.tracking.curves import draw_curves
 from medpretrain.tracking.keys import recipe_params
 from medpretrain.tracking.provenance import write_provenance
 from medpretrain.tracking.sender import Tracker
 from medpretrain.tracking.tensorboard import TensorBoardWriter, refuse_without_tensorboard
+
+_LEAVING_S = 5.0
 
 _log = logging.getLogger(__name__)
 
@@ -31,7 +34,8 @@ def check_tracking(recipe: Recipe) -> None:
 class RunTracking:
     """Follows the metrics of a run folder until it is closed; for rank 0 alone, once metrics.jsonl is as it goes on.
 
-    As a context manager it ends as FINISHED, as FAILED after an error, and as KILLED after an interrupt or an exit.
+    As a context manager it ends as FINISHED, as FAILED after an error, and as KILLED after an interrupt, an exit, or a
+    signal that asked the run to leave; then servers are waited for less long, for torchrun kills 30 s after it.
 
     Args:
         recipe: the recipe as it is trained; `recipe.yaml` is in the run folder.
@@ -82,4 +86,7 @@ class RunTracking:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close("FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED")
+        if isinstance(error, WorkFailed) and error.exit_code == Exit.PREEMPTED:
+            self.close("KILLED", _LEAVING_S)
+        else:
+            self.close("FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED")
