@@ -100,7 +100,7 @@ def say(cause: Cause) -> None:
     """Write `cause` to standard error as the last line, and to the files that keep it."""
     text = redact(" ".join(cause.text.split()))[:_LONGEST_CAUSE]
     line = _line(text, cause)
-    if cause.said_by == "rank" or _first_on_host(line):
+    if cause.said_by == "rank" or (_first_on_host(line) and not _said_on_host(text)):
         if cause.code != Exit.USER_ERROR:
             _keep(text, cause)
         sys.stderr.flush()
@@ -133,6 +133,13 @@ def _first_on_host(line: str) -> bool:
         return False
     _taken = taken
     return True
+
+
+def _said_on_host(text: str) -> bool:
+    """Whether a process of this host has said it and is gone: rank 0 may come late, from its trackers and curves."""
+    host = socket.gethostname()
+    return any(row.get("time", 0) >= _started and (row.get("host"), row.get("cause")) == (host, text)
+               for row in failures())  # fmt: skip
 
 
 def resume_command() -> str:

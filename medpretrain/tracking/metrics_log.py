@@ -17,9 +17,10 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Any, Self
 
 from data_prep.errors import UserError
 
@@ -36,7 +37,8 @@ Placed = tuple[Position, Row]
 class MetricsLog:
     """Appends rows to a JSON-lines file; each is with the operating system when `append` returns.
 
-    A line torn by a crash is cut off when the file is opened, with a warning.
+    What cannot be written, the disk being full, waits in memory and is written, in order, by the next call that can. A
+    line torn by a crash is cut off when the file is opened, with a warning.
 
     Args:
         path: the file, made if it is not there; one process writes it.
@@ -53,6 +55,7 @@ class MetricsLog:
         if path.exists():
             _cut_torn_line(path)
             self._last_step = max((row["step"] for row in read_metrics(path)), default=-1)
+        self._waiting = bytearray()
         self._file = self._open()
 
     def append(self, row: Mapping[str, Any]) -> None:
@@ -60,17 +63,18 @@ class MetricsLog:
 
         Raises:
             TypeError: a value of another type, a tensor for example.
-            OSError: the disk is full or gone.
+            OSError: the disk is full or gone; the row waits.
         """
         step = row["step"]
         assert type(step) is int, f"step is {step!r}"
         assert step >= self._last_step, f"step {step} after step {self._last_step}: truncate_after comes first"
-        self._file.write(_to_line({"step": step, "time": time.time()} | dict(row)))
-        self._file.flush()
+        self._waiting += _to_line({"step": step, "time": time.time()} | dict(row)).encode()
         self._last_step = step
+        self._write_waiting()
 
     def truncate_after(self, step: int) -> None:
         """Drop the rows of later steps, as a run that goes back to `step` measures them again; all or nothing."""
+        self._write_waiting()
         rows = read_metrics(self._path)
         kept = [row for row in rows if row["step"] <= step]
         if len(kept) == len(rows):
@@ -88,14 +92,25 @@ class MetricsLog:
 
     def sync(self) -> None:
         """Put the rows on disk: a checkpoint that follows is never ahead of them."""
-        self._file.flush()
+        self._write_waiting()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Put the rows on disk and close the file; a second call does nothing."""
-        if not self._file.closed:
+        """Put the rows on disk and close the file; a second call does nothing. Rows that still cannot be written are
+        lost, and their number is logged: it must not hide how the run ended."""
+        if self._file.closed:
+            return
+        try:
             self.sync()
-            self._file.close()
+        except OSError as error:
+            lost = self._waiting.count(b"\n")
+            _log.error("%s cannot be written (%s): its last %d rows are lost", self._path, error.strerror, lost)
+        self._file.close()
+
+    def _write_waiting(self) -> None:
+        while self._waiting:  # a disk may take part of a line before it is full; the rest then follows it
+            written = self._file.write(self._waiting)
+            del self._waiting[:written]
 
     def __enter__(self) -> Self:
         return self
@@ -105,8 +120,8 @@ class MetricsLog:
     ) -> None:
         self.close()
 
-    def _open(self) -> TextIO:
-        return open(self._path, "a", encoding="utf-8")
+    def _open(self) -> FileIO:
+        return open(self._path, "ab", buffering=0)
 
 
 class MetricsTail:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
-from data_prep.errors import UserError
+from data_prep.errors import UserError, WorkFailed
+from medpretrain.health.exits import Exit
 from medpretrain.recipe import Recipe
 from medpretrain.tracking.curves import draw_curves
 from medpretrain.tracking.keys import recipe_params
@@ -15,7 +16,7 @@ from medpretrain.tracking.provenance import write_provenance
 from medpretrain.tracking.sender import Tracker
 from medpretrain.tracking.tensorboard import TensorBoardWriter, refuse_without_tensorboard
 
-_HURRY_S = 5.0
+_LEAVING_S = 5.0
 
 _log = logging.getLogger(__name__)
 
@@ -33,7 +34,9 @@ def check_tracking(recipe: Recipe) -> None:
 class RunTracking:
     """Follows the metrics of a run folder until it is closed; for rank 0 alone, once metrics.jsonl is as it goes on.
 
-    As a context manager it ends as FINISHED, as FAILED after an error, and as KILLED after an interrupt or an exit.
+    As a context manager it ends as FINISHED, as FAILED after an error, and as KILLED after an interrupt, an exit, or a
+    signal that asked the run to leave. But for the first, servers are waited for less long: torchrun kills 30 s after
+    its signal, and a restart should not wait. What is not sent is sent by `sync`.
 
     Args:
         recipe: the recipe as it is trained; `recipe.yaml` is in the run folder.
@@ -86,5 +89,6 @@ class RunTracking:
     ) -> None:
         if kind is None:
             self.close()
-        else:  # who is asked to leave is killed after 30 s; what is not sent now is sent by `sync`
-            self.close("FAILED" if issubclass(kind, Exception) else "KILLED", timeout_s=_HURRY_S)
+            return
+        asked = isinstance(error, WorkFailed) and error.exit_code == Exit.PREEMPTED
+        self.close("FAILED" if issubclass(kind, Exception) and not asked else "KILLED", _LEAVING_S)

@@ -87,7 +87,7 @@ def train(recipe: Recipe, resume: str | Path = "auto", override: Collection[str]
         trainer = Trainer(method, recipe, process, total=total, steps_per_epoch=stream.steps_per_epoch)
 
         target = open_target(recipe.checkpoint.to, run)
-        there = process.agreed(run.is_dir)
+        there = process.agreed(run.exists)
         if there:
             process.agreed(lambda: _hold(run, stack))
         found = start_from(run, target, str(resume), about, recipe, override, process)
@@ -110,11 +110,12 @@ def train(recipe: Recipe, resume: str | Path = "auto", override: Collection[str]
 
         process.agreed(open_folder)
         preemption = stack.enter_context(Preemption(process.world))
+        # Before the watchdog, which then does not see rank 0 wait for a tracker at the end.
+        reporter = stack.enter_context(reporting(recipe, about, process, total, step))
         faults = recipe.faults
         watchdog = stack.enter_context(
             Watchdog(process, hang_s=faults.hang_s, slow=faults.slow, on_event=lambda event: note(run, event))
         )
-        reporter = stack.enter_context(reporting(recipe, about, process, total, step))
         keep = recipe.checkpoint
         saver = Saver(
             target,

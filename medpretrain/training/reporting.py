@@ -101,7 +101,7 @@ class Reporter:
         assert self.log is not None
         try:
             self.log.append(row)
-        except OSError as error:  # the row stays in the file's buffer and is written with the next that can be
+        except OSError as error:  # the row waits in the log and is written with the next that can be
             self._say_full(error)
         else:
             self._full = False

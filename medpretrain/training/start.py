@@ -10,6 +10,7 @@ from pathlib import Path
 
 from data_prep.errors import UserError, nearest
 from medpretrain.checkpoints import CheckpointInfo, Found, Target, aside_later, at, newest, open_target
+from medpretrain.checkpoints.target import step_of
 from medpretrain.recipe import OVERRIDABLE, Recipe
 from medpretrain.recipe_file import read_recipe
 from medpretrain.training.process import Process
@@ -89,6 +90,8 @@ def start_from(
 
 def _asked_for(place: str, own: Process) -> Found:
     if not (Path(place) / RECIPE_FILE).is_file():
+        if Path(place).is_dir() and step_of(Path(place).name) is None:
+            raise UserError(f"{place} is neither a run nor a checkpoint")
         return at(place, own)
     found = newest(open_target(read_recipe((Path(place) / RECIPE_FILE).read_text()).checkpoint.to, Path(place)), own)
     if found is None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import logging
+import socket
 import time
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
+
+import torch
+import torch.distributed as dist
 
 from data_prep.errors import WorkFailed
 from medpretrain.checkpoints import Found, Saver, Target, load, newest
@@ -54,6 +58,7 @@ class Steps:
     _rollbacks: int = 0
     _failed_at: int = 0
     _saved: int = 0
+    _blame: str = ""
     _batches: Generator[Batch] | None = None
 
     def run(self, step: int) -> Found:
@@ -82,7 +87,7 @@ class Steps:
         step += 1
         self._streak = 0 if measured.finite else self._streak + 1
         if not measured.finite:
-            self._skip(step)
+            self._skip(step, measured)
         if self._streak > self.recipe.faults.skip:
             self.close()
             return self._roll_back(step)
@@ -163,10 +168,20 @@ class Steps:
         found = self._last(step)
         raise Preempted(f"{asked} at step {step} of {self.total}; the checkpoint is committed: {found}")
 
-    def _skip(self, step: int) -> None:
+    def _skip(self, step: int, measured: Measured) -> None:
         self.skipped += 1
-        self._note("skipped", step, cause="the loss or the gradient is not finite")
-        _log.warning("step %d is left out: its loss or gradient is not finite", step)
+        host = None if torch.isfinite(measured.loss).all() else socket.gethostname()
+        hosts: list[str | None] = [host]
+        if self.process.world > 1:  # every rank knows that the step was not finite, and comes here
+            hosts *= self.process.world
+            dist.all_gather_object(hosts, host)
+        ranks = [rank for rank, named in enumerate(hosts) if named is not None]
+        listed = ", ".join(f"{rank} ({hosts[rank]})" for rank in ranks[:4])
+        more = f" and {len(ranks) - 4} more" if len(ranks) > 4 else ""
+        self._blame = f"the loss of rank {listed}{more}" if ranks else "the gradient"
+        self._note("skipped", step, cause=f"{self._blame} is not finite", ranks=ranks)
+        if self.process.leads:
+            _log.warning("step %d is left out: %s is not finite", step, self._blame)
 
     def _roll_back(self, step: int) -> int:
         """Go on from the last good checkpoint.
@@ -175,7 +190,7 @@ class Steps:
             RunFailed: it has been tried often enough, or there is none.
         """
         cures = "A lower optim.lr, a longer optim.warmup or optim.clip are the usual cures"
-        what = f"the loss or the gradient was not finite in {self._streak} steps up to {step}"
+        what = f"the loss or the gradient was not finite in {self._streak} steps up to {step}, at last {self._blame}"
         self.watchdog.mark(step, "save")
         self.saver.wait()
         self._tell_outcomes()
@@ -188,8 +203,8 @@ class Steps:
         load(found, self.trainer.parts(), self.process)
         self.trainer.loaded()
         self._rollbacks, self._failed_at, self._streak, self._saved = self._rollbacks + 1, step, 0, found.step
+        self._note("rollback", step, to=found.step, cause=what)
         if self.process.leads:
             self.reporter.back_to(found.step)
-        self._note("rollback", step, to=found.step, cause=what)
-        _log.warning("%s: back to step %d", what, found.step)
+            _log.warning("%s: back to step %d", what, found.step)
         return found.step
