@@ -53,7 +53,7 @@ class Steps:
     _streak: int = 0
     _rollbacks: int = 0
     _failed_at: int = 0
-    _saved: int = -1
+    _saved: int = 0
 
     def run(self, step: int) -> Found:
         """Train from `step` to the end; gives the last checkpoint.
@@ -62,6 +62,7 @@ class Steps:
             Preempted: a signal asked for it; the checkpoint is committed.
             RunFailed: too many steps that are not finite, or the last checkpoint could not be saved.
         """
+        self._saved = step
         batches = self.stream.batches(step)
         try:
             while step < self.total:
@@ -115,7 +116,7 @@ class Steps:
     @property
     def _next_save(self) -> int:
         every = self.recipe.checkpoint.every
-        return (max(self._saved, 0) // every + 1) * every
+        return (self._saved // every + 1) * every
 
     def _save(self, step: int) -> None:
         self.watchdog.mark(step, "save")
