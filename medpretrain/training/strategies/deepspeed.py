@@ -68,6 +68,9 @@ class DeepSpeed(Strategy):
         os.environ.setdefault("DS_ACCELERATOR", process.device.type)  # or it takes a GPU that the run does not use
         import deepspeed
 
+        if process.device.type == "cpu":
+            # Sums go through gloo: a kernel for memory that processes share would be compiled first, for minutes.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self._engine, *_ = deepspeed.initialize(
             model=method,
             optimizer=self.optimizer,
