@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.running import (
+    DEADLINE_S,
     Runs,
     assert_identical,
     committed,
@@ -116,7 +117,7 @@ def test_restarts_that_get_no_further_end_with_what_stopped_them(runs, tmp_path)
     run = tmp_path / "run"
     flags = ("--standalone", "--nproc-per-node=1", "--max-restarts=4")
     agent = runs.torchrun(f"run.dir={run}", flags=flags, faults=[{"fault": "raise", "steps": [2]}])
-    assert runs.end([agent]) == [1]
+    assert runs.end([agent], timeout=2 * DEADLINE_S) == [1]  # it starts five times
     cause = (
         "3 restarts one after another went on from step 0 and none got to the next checkpoint; they ended with "
         f"rank 0 on {socket.gethostname()}: RuntimeError: injected (3 x). A start by hand goes on from step 0"
