@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -35,7 +36,8 @@ class RunTracking:
     """Follows the metrics of a run folder until it is closed; for rank 0 alone, once metrics.jsonl is as it goes on.
 
     As a context manager it ends as FINISHED, as FAILED after an error, and as KILLED after an interrupt, an exit, or a
-    signal that asked the run to leave; then servers are waited for less long, for torchrun kills 30 s after it.
+    signal that asked the run to leave: then no curves are drawn and servers are waited for less long, for torchrun
+    kills 30 s after it.
 
     Args:
         recipe: the recipe as it is trained; `recipe.yaml` is in the run folder.
@@ -61,24 +63,25 @@ class RunTracking:
         self._tensorboard = TensorBoardWriter(run) if recipe.tracking.tensorboard else None
         self._closed = False
 
-    def close(self, status: str = "FINISHED", timeout_s: float = 30.0) -> None:
+    def close(self, status: str = "FINISHED", timeout_s: float = 30.0, curves: bool = True) -> None:
         """Draw the curves, send what is left, and end; a second call does nothing.
 
         Args:
             status: MLflow's word: FINISHED, FAILED or KILLED.
             timeout_s: longest time to wait for a server, in seconds.
+            curves: draw them, which takes seconds.
         """
         if self._closed:
             return
         self._closed = True
+        drawn: list[Path] = []
         try:
-            curves = draw_curves(self._run)
+            drawn = draw_curves(self._run) if curves else []
         except (OSError, UserError) as error:  # a figure must not cost the last metrics, nor hide why a run failed
             _log.warning("no curves are drawn: %s", error)
-            curves = []
         if self._tensorboard is not None:
             self._tensorboard.close(timeout_s)
-        self._tracker.close(timeout_s, status, curves)
+        self._tracker.close(timeout_s, status, drawn)
 
     def __enter__(self) -> Self:
         return self
@@ -87,6 +90,6 @@ class RunTracking:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if isinstance(error, WorkFailed) and error.exit_code == Exit.PREEMPTED:
-            self.close("KILLED", _LEAVING_S)
+            self.close("KILLED", _LEAVING_S, curves=False)
         else:
             self.close("FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED")
