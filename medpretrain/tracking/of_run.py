@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -35,8 +36,8 @@ class RunTracking:
     """Follows the metrics of a run folder until it is closed; for rank 0 alone, once metrics.jsonl is as it goes on.
 
     As a context manager it ends as FINISHED, as FAILED after an error, and as KILLED after an interrupt, an exit, or a
-    signal that asked the run to leave. But for the first, servers are waited for less long: torchrun kills 30 s after
-    its signal, and a restart should not wait. What is not sent is sent by `sync`.
+    signal that asked the run to leave. But for the first, no curves are drawn and servers are waited for less long:
+    torchrun kills 30 s after its signal, and a restart should not wait. `sync` does what is left.
 
     Args:
         recipe: the recipe as it is trained; `recipe.yaml` is in the run folder.
@@ -62,24 +63,25 @@ class RunTracking:
         self._tensorboard = TensorBoardWriter(run) if recipe.tracking.tensorboard else None
         self._closed = False
 
-    def close(self, status: str = "FINISHED", timeout_s: float = 30.0) -> None:
+    def close(self, status: str = "FINISHED", timeout_s: float = 30.0, curves: bool = True) -> None:
         """Draw the curves, send what is left, and end; a second call does nothing.
 
         Args:
             status: MLflow's word: FINISHED, FAILED or KILLED.
             timeout_s: longest time to wait for a server, in seconds.
+            curves: draw them, which takes seconds.
         """
         if self._closed:
             return
         self._closed = True
+        drawn: list[Path] = []
         try:
-            curves = draw_curves(self._run)
+            drawn = draw_curves(self._run) if curves else []
         except (OSError, UserError) as error:  # a figure must not cost the last metrics, nor hide why a run failed
             _log.warning("no curves are drawn: %s", error)
-            curves = []
         if self._tensorboard is not None:
             self._tensorboard.close(timeout_s)
-        self._tracker.close(timeout_s, status, curves)
+        self._tracker.close(timeout_s, status, drawn)
 
     def __enter__(self) -> Self:
         return self
@@ -91,4 +93,5 @@ class RunTracking:
             self.close()
             return
         asked = isinstance(error, WorkFailed) and error.exit_code == Exit.PREEMPTED
-        self.close("FAILED" if issubclass(kind, Exception) and not asked else "KILLED", _LEAVING_S)
+        status = "FAILED" if issubclass(kind, Exception) and not asked else "KILLED"
+        self.close(status, _LEAVING_S, curves=False)

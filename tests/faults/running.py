@@ -121,6 +121,12 @@ class Runs:
             process.wait()
 
 
+def workers_of(agent):
+    """PIDs of an agent's workers."""
+    children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+    return [int(child) for child in children if b"injected.py" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
 def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
@@ -19,9 +14,9 @@ from data_prep.dataset import SHARDS, Dataset
 from data_prep.images import prepare
 from medpretrain.data.mixture import Mixture
 from medpretrain.tracking.metrics_log import read_metrics
+from tests.faults.running import Runs, reached
 
 STEPS, BATCH, AHEAD = 26, 8, 12  # AHEAD: more steps than are ever prepared in advance
-DEADLINE_S = 240
 RECIPE = """\
 name: damaged
 data: {{path: {dataset}, channels: 1, labels: [class], trace: true, threads: 1}}
@@ -50,43 +45,13 @@ def dataset(tmp_path_factory):
     return folder / "shards"
 
 
-class Ranks:
-    """`medpretrain train` as each rank of a gloo group on loopback, each in a process group of its own."""
-
-    def __init__(self, recipe, *arguments, world):
-        command = [sys.executable, "-m", "medpretrain.cli", "train", str(recipe), *map(str, arguments)]
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "OMP_NUM_THREADS": "1"}
-        common |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
-        self.processes = [
-            subprocess.Popen(
-                command,
-                env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                start_new_session=True,
-                stderr=subprocess.PIPE,
-            )
-            for rank in range(world)
-        ]
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        for process in self.processes:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-
-    def signal(self, number):
-        for process in self.processes:
-            os.killpg(process.pid, number)
-
-    def end(self):
-        """What each of them wrote to stderr."""
-        said = [process.communicate(timeout=DEADLINE_S)[1].decode() for process in self.processes]
-        assert [process.returncode for process in self.processes] == [0] * len(said), said[0][-3000:]
-        return said
+@pytest.fixture
+def runs(dataset, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE.format(dataset=dataset, steps=STEPS, batch=BATCH))
+    started = Runs(recipe, tmp_path)
+    yield started
+    started.close()
 
 
 def lines(run, name):
@@ -122,27 +87,25 @@ def damage_late_images(folder, step):
 
 
 @pytest.mark.distributed
-def test_a_shard_damaged_in_mid_epoch_is_replaced_alike_by_two_ranks_and_by_one_that_resumes(dataset, tmp_path):
+def test_a_shard_damaged_in_mid_epoch_is_replaced_alike_by_two_ranks_and_by_one_that_resumes(dataset, runs, tmp_path):
     clean = tmp_path / "clean"
     shutil.copytree(dataset, clean)
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(RECIPE.format(dataset=dataset, steps=STEPS, batch=BATCH))
     two, one = tmp_path / "two", tmp_path / "one"
 
-    with Ranks(recipe, f"run.dir={two}", world=2) as ranks:
-        deadline = time.monotonic() + DEADLINE_S
-        while not ((two / "metrics.jsonl").exists() and len(losses(two)) >= 2):
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        ranks.signal(signal.SIGSTOP)  # so that what is damaged is ahead of it, however fast it runs
-        bad = damage_late_images(dataset, step=len(losses(two)))
-        assert len(losses(two)) < STEPS - AHEAD
-        ranks.signal(signal.SIGCONT)
-        said = ranks.end()
+    ranks = runs.ranks(f"run.dir={two}")
+    runs.wait(reached(two, 2), ranks)
+    for rank in ranks:  # so that what is damaged is ahead of it, however fast it runs
+        rank.send_signal(signal.SIGSTOP)
+    bad = damage_late_images(dataset, step=len(losses(two)))
+    assert len(losses(two)) < STEPS - AHEAD
+    for rank in ranks:
+        rank.send_signal(signal.SIGCONT)
+    runs.end_well(ranks)
+    said = [runs.said(rank) for rank in ranks]
 
     shutil.copytree(two, one, ignore=shutil.ignore_patterns("*-rank*.jsonl"))
-    with Ranks(recipe, "--resume", two / "checkpoints" / "step-00000005", f"run.dir={one}", world=1) as ranks:
-        ranks.end()
+    checkpoint = two / "checkpoints" / "step-00000005"
+    runs.end_well(runs.ranks("--resume", checkpoint, f"run.dir={one}", world=1))
 
     assert len(seen(two)) == STEPS * BATCH
     assert seen(one) == [place for place in seen(two) if place[0] >= 5]
