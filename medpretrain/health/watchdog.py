@@ -78,7 +78,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Self:
-        self._own = Beat.of_this_process(self._rank)
+        self._own = replace(Beat.of_this_process(self._rank), stack=stack_of(self._main))
         if self._world > 1:
             self._courier = Courier(self._own, self._world, self._interval_s, spread_s=self._hang_s / 5)
         self._at = (*self._at[:2], time.monotonic())

@@ -36,8 +36,9 @@ class RunTracking:
     """Follows the metrics of a run folder until it is closed; for rank 0 alone, once metrics.jsonl is as it goes on.
 
     As a context manager it ends as FINISHED, as FAILED after an error, and as KILLED after an interrupt, an exit, or a
-    signal that asked the run to leave. But for the first, no curves are drawn and servers are waited for less long:
-    torchrun kills 30 s after its signal, and a restart should not wait. `sync` does what is left.
+    signal that asked the run to leave. But for the first, servers are waited for less long, and where it was asked to
+    leave no curves are drawn: torchrun kills 30 s after its signal, and a restart should not wait. `sync` does what is
+    left.
 
     Args:
         recipe: the recipe as it is trained; `recipe.yaml` is in the run folder.
@@ -94,4 +95,4 @@ class RunTracking:
             return
         asked = isinstance(error, WorkFailed) and error.exit_code == Exit.PREEMPTED
         status = "FAILED" if issubclass(kind, Exception) and not asked else "KILLED"
-        self.close(status, _LEAVING_S, curves=False)
+        self.close(status, _LEAVING_S, curves=not asked)

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from medpretrain.checkpoints import CheckpointError, OtherFormat, Part, aside_later, at, load, newest, read, verify
-from medpretrain.training import checkpoint as one_file
 
 from .conftest import bits, blank, parts, tensors
 
@@ -100,20 +99,27 @@ def test_a_folder_that_may_only_be_read_does_not_stop_a_run(one, monkeypatch, ca
     assert "could not be moved" in caplog.text
 
 
-def test_another_formats_checkpoint_is_refused_and_neither_passed_over_nor_moved(one, tmp_path):
+def write_manifest(folder, plain):
+    """With the checksum that its content has."""
+    canonical = json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()
+    whole = plain | {"checksum": hashlib.sha256(canonical).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(whole, sort_keys=True, indent=2) + "\n")
+
+
+def test_another_formats_checkpoint_is_refused_and_neither_passed_over_nor_moved(one):
     one.save(1)
-    about = one_file.CheckpointInfo("r", "a", ("b",), 1)
-    earlier = one_file.save(tmp_path, 2, {"x": 1}, about, keep=9)
-    assert earlier.parent == one.target.folder
+    earlier = one.target.folder / "step-00000002"
+    earlier.mkdir()
+    (earlier / "state.pt").write_bytes(b"x")
+    write_manifest(earlier, {"format": 3, "step": 2, "files": {"state.pt": {"bytes": 1, "sha256": "0" * 64}}})
     for look in (lambda: newest(one.target, aside=True), lambda: at(earlier)):
         with pytest.raises(OtherFormat, match=r"has format 3, .* go on with the version of medpretrain that wrote it$"):
             look()
     shutil.rmtree(earlier)
-    later = one.target.folder / one.save(3).name / "manifest.json"
-    plain = json.loads(later.read_text()) | {"format": 5, "news": []}
+    later = one.target.folder / one.save(3).name
+    plain = json.loads((later / "manifest.json").read_text()) | {"format": 5, "news": []}
     del plain["checksum"]
-    canonical = json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()
-    later.write_text(json.dumps(plain | {"checksum": hashlib.sha256(canonical).hexdigest()}))
+    write_manifest(later, plain)
     with pytest.raises(OtherFormat, match=r"it needs a newer medpretrain$"):
         newest(one.target, aside=True)
     assert sorted(one.target.names()) == ["step-00000001", "step-00000003"]

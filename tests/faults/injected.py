@@ -20,7 +20,7 @@ from pathlib import Path
 from medpretrain.cli import main
 from medpretrain.methods.supervised import Supervised
 
-FAULTS = json.loads(Path(sys.argv.pop(1)).read_text())
+FAULTS: list[dict] = []
 RANK = int(os.environ.get("RANK", "0"))
 loss_of = Supervised.loss
 
@@ -54,7 +54,7 @@ def loss(self, outputs, batch, progress):
     return value
 
 
-Supervised.loss = loss
-
 if __name__ == "__main__":
+    FAULTS = json.loads(Path(sys.argv.pop(1)).read_text())
+    Supervised.loss = loss
     main()
