@@ -10,7 +10,6 @@ import math
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -20,11 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from warm import Started
 
 from medpretrain.checkpoints import newest, open_target, read
 from medpretrain.tracking.metrics_log import read_metrics, read_rollbacks
 
-ROOT = Path(__file__).resolve().parents[1]
 BATCH = 8
 PATIENCE_S = 600.0
 _OF_THE_MACHINE = ("time", "images_per_s", "data_wait")
@@ -137,23 +136,17 @@ class Job:
     """
 
     def __init__(self, recipe: Path, run: Path, world: int = 1, *options: str) -> None:
-        command = [sys.executable, "-m", "medpretrain", "train", str(recipe), f"run.dir={run}", *options]
+        arguments = ["train", str(recipe), f"run.dir={run}", *options]
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
         common |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
-        common |= {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
         self.began = time.monotonic()
         self._logs = [run.with_name(f"{run.name}.rank{rank}.log") for rank in range(world)]
-        self._ranks: list[subprocess.Popen[bytes]] = []
+        self._ranks: list[Started] = []
         for rank, log in enumerate(self._logs):
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            with log.open("wb") as said:
-                self._ranks.append(
-                    subprocess.Popen(
-                        command, env=os.environ | common | place, stdout=said, stderr=said, start_new_session=True
-                    )
-                )
+            self._ranks.append(Started(arguments, os.environ | common | place, log))
 
     def alive(self) -> bool:
         """Whether no rank has ended."""
@@ -163,8 +156,7 @@ class Job:
         """SIGKILL to the process group of each rank; whether all were still running."""
         alive = self.alive()
         for rank in self._ranks:
-            if rank.poll() is None:
-                os.killpg(rank.pid, signal.SIGKILL)
+            rank.kill_group()
         codes = [rank.wait() for rank in self._ranks]
         return alive and all(code == -signal.SIGKILL for code in codes)
 

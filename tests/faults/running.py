@@ -13,6 +13,9 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from warm import Started
+
 from medpretrain.checkpoints import newest, open_target, read
 from medpretrain.tracking.metrics_log import read_metrics
 
@@ -56,8 +59,10 @@ class Runs:
         """Start `medpretrain train RECIPE *arguments` as each rank of a group on loopback."""
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         place |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
-        command = [sys.executable, *self._train(arguments, faults)]
-        return [self._open(command, place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(world)]
+        return [
+            self._warm(self._train(arguments, faults), place | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank in range(world)
+        ]
 
     def torchrun(self, *arguments, flags=(), faults=None):
         """Start it under torchrun."""
@@ -73,14 +78,30 @@ class Runs:
         injected.write_text(json.dumps(faults))
         return [str(INJECTED), str(injected), *train]
 
+    def _warm(self, words, environment):
+        """Start `python *words` without its imports."""
+        script = None if words[0] == "-m" else Path(words[0])
+        log = self._next_log()
+        return self._keep(
+            Started(words[2 if script is None else 1 :], self._environment(environment), log, script), log
+        )
+
     def _open(self, command, environment):
-        inherited = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "TORCHELASTIC_"))}
-        own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "1000"}
-        log = self.folder / f"process{len(self.processes)}.log"
+        log = self._next_log()
         with log.open("wb") as said:
             process = subprocess.Popen(
-                command, env=inherited | own | environment, stdout=said, stderr=said, start_new_session=True
+                command, env=self._environment(environment), stdout=said, stderr=said, start_new_session=True
             )
+        return self._keep(process, log)
+
+    def _environment(self, more):
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "TORCHELASTIC_"))}
+        return inherited | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "1000"} | more
+
+    def _next_log(self):
+        return self.folder / f"process{len(self.processes)}.log"
+
+    def _keep(self, process, log):
         self.processes.append(process)
         self._logs[process.pid] = log
         return process
