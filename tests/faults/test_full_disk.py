@@ -80,7 +80,7 @@ def test_metrics_of_a_full_disk_wait_and_none_is_lost_once_there_is_room(runs, t
     assert steps(run)[-1] < before + 30
     (disk / "filler").unlink()
     runs.wait(reached(run, before + 65), [rank])
-    rank.terminate()
+    rank.send_signal(signal.SIGTERM)
     assert runs.end([rank]) == [75]
     last = steps(run)[-1]
     assert [row["step"] for row in rows(run / "metrics.jsonl")] == list(range(1, last + 1))

@@ -74,7 +74,7 @@ def test_a_run_asked_to_leave_is_killed_and_not_failed_to_its_tracker_also_where
         arguments = (f"run.dir={run}", f"tracking.uri={uri}", "train.steps=10000")
         (rank,) = runs.ranks(*arguments, world=1, faults=faults)
         runs.wait(reached(run, 6), [rank])
-        rank.terminate()
+        rank.send_signal(signal.SIGTERM)
         assert runs.end([rank]) == [75]
     assert "the checkpoint is committed" in runs.last_line(rank)
     assert not list(run.glob("curves*")), "no time for them"
