@@ -25,7 +25,8 @@ def test_every_method_is_tried(exactness):
 def test_ranks_with_different_data_have_the_gradient_of_the_global_batch(
     strategy, world, backbone, micro_batches, exactness
 ):
-    methods = sorted(METHODS)
+    # What FSDP2 may do wrong is in how networks are called: a teacher, a queue, a loss that reads parameters.
+    methods = sorted(METHODS) if strategy == "ddp" else ["amimv", "bcl", "dino", "kcl", "modan_mulsupcon"]
     ranks = exactness.on_ranks(methods, [backbone], world, micro_batches, strategy)
     for method in methods:
         single = exactness.gradients(exactness.ALONE, method, backbone, plain_heads=micro_batches > 1)
