@@ -94,25 +94,30 @@ def newest(target: Target, process: Process | None = None, aside: bool = False) 
 
     Args:
         process: all of a run's processes call this; None for one alone.
-        aside: move damaged ones of a folder to its folder `aside`, where they are no candidates any more. In an object
-            store they stay, for nothing there can be moved.
+        aside: once a whole one is found, move the damaged ones above it to the folder `aside`, where they are no
+            candidates any more. In an object store they stay, for nothing there can be moved.
 
     Raises:
         OtherFormat: one above it is another version's: it is not older work that should be done again.
         WorkFailed: the store cannot be reached.
     """
+    damaged: list[str] = []
+    leads = process is None or process.leads
     for name in together(process, lambda: None, lambda _: target.names()):
         try:
-            return verify(target, name, process)
+            found = verify(target, name, process)
         except OtherFormat:
             raise
         except CheckpointError as error:
-            place = ""
-            if aside and isinstance(target, FolderTarget):
-                place = together(process, lambda: None, partial(_put_aside, target, name))
-
-            if process is None or process.leads:
-                _log.warning("passing over a checkpoint: %s%s", error, place and f"; it is kept as {place}")
+            if leads:
+                _log.warning("passing over a checkpoint: %s", error)
+            damaged.append(name)
+            continue
+        for other in damaged if aside and isinstance(target, FolderTarget) else ():
+            place = together(process, lambda: None, partial(_put_aside, target, other))
+            if leads and place:
+                _log.warning("the damaged checkpoint %s is kept as %s", target.place(other), place)
+        return found
     return None
 
 

@@ -74,17 +74,17 @@ def start_from(
             raise UserError(
                 f"{run} has checkpoints already and --resume never would train over them; set another run.dir"
             )
-        found = newest(target, own) if kept else None
+        found = newest(target, own, aside=True) if kept else None
         if kept and found is None:
             raise UserError(f"none of the checkpoints in {target} is whole; to start anew give another run.dir")
     else:
         found = _asked_for(resume, own)
     if found is not None:
         refuse_other(recipe, found, about, override)
-        # Later ones are damaged, or an earlier one was asked for: a crash must not bring the run back to them.
-        for place in aside_later(target, found.step, own):
-            if own.leads:
-                _log.warning("a checkpoint that is later than %s is put aside: %s", found, place)
+        if resume != "auto":  # a crash must not bring the run back to later ones
+            for place in aside_later(target, found.step, own):
+                if own.leads:
+                    _log.warning("a checkpoint that is later than %s is put aside: %s", found, place)
     return found
 
 
