@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from data_prep.errors import UserError
 from medpretrain.models.batchnorm import Statistics
+from medpretrain.models.drop_path import KeyedDropPath
 
 
 def blocks(backbone: nn.Module) -> list[nn.Module]:
@@ -60,14 +61,18 @@ def checkpoint_activations(backbone: nn.Module) -> None:
 
 
 def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    return nullcontext(), _counted_once(block)
+    draws = [(layer, layer.kept) for layer in block.modules() if isinstance(layer, KeyedDropPath)]
+    return nullcontext(), _again(block, draws)
 
 
 @contextmanager
-def _counted_once(block: nn.Module) -> Iterator[None]:
-    """What BatchNorm records within it is taken back. Not to record it would not do: the second computation must save
-    for its backward pass what the first has saved."""
+def _again(block: nn.Module, draws: list[tuple[KeyedDropPath, Tensor | None]]) -> Iterator[None]:
+    """The second computation: paths are dropped as in the first, though the backbone may have been called since, and
+    what BatchNorm records is taken back. Not to record it would not do: the second computation must save for its
+    backward pass what the first has saved."""
     statistics = Statistics(block)
+    for layer, kept in draws:
+        layer.kept = kept
     try:
         yield
     finally:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from data_prep.errors import UserError, nearest
 from medpretrain.checkpoints import CheckpointInfo, Found, Target, aside_later, at, newest, open_target
+from medpretrain.checkpoints.retention import retire
 from medpretrain.checkpoints.target import step_of
 from medpretrain.recipe import OVERRIDABLE, Recipe
 from medpretrain.recipe_file import read_recipe
@@ -85,6 +86,9 @@ def start_from(
             for place in aside_later(target, found.step, own):
                 if own.leads:
                     _log.warning("a checkpoint that is later than %s is put aside: %s", found, place)
+        if own.leads:  # a launch that was killed between a commit and this leaves more than are kept
+            keep = recipe.checkpoint
+            retire(target, found.step, keep=keep.keep, keep_every=keep.keep_every, keep_best=keep.keep_best is not None)
     return found
 
 

@@ -17,6 +17,7 @@ from medpretrain.data.counter import hash64, purpose
 from medpretrain.losses.gather import mean_over_ranks
 from medpretrain.methods.base import Method, Outputs, Progress
 from medpretrain.models.batchnorm import Statistics, statistics_kept
+from medpretrain.models.drop_path import DropPaths
 from medpretrain.recipe import Recipe
 from medpretrain.training.optimizers import WholeNorms, build_optimizer, clip_, l2_norms, layer_lr_scales
 from medpretrain.training.process import Process
@@ -56,6 +57,7 @@ class Trainer:
         self._lr = recipe.optim.scaled(recipe.train.global_batch)
         self._own_statistics = process.world > 1 and not recipe.train.sync_batchnorm
         method.train()
+        self._drop_paths = DropPaths(method.trained)
         self.strategy = spread(method, recipe, process, self._make_optimizer)
         self._freezable = [name in method.freezable for name in self.strategy.names]
         self._statistics = Statistics(method)
@@ -179,7 +181,9 @@ class Trainer:
         return loss.detach(), {name: value.detach() for name, value in outputs.items()}
 
     def _seed_layers(self, batch: Batch, turn: int) -> None:
-        """Layers that draw (drop path) draw from a seed of their own in every pass, alike in a repeated one."""
+        """Layers that draw, draw alike in a repeated pass; paths are dropped alike on any number of processes."""
+        images = batch.size // self._process.world // len(batch.micro)
+        self._drop_paths.begin(self._seed, batch.step, batch.first + turn * images, images)
         torch.manual_seed(int(hash64(self._seed, _LAYERS, batch.step, batch.first, turn) >> 1))
 
     def _clip(self, progress: Progress) -> Tensor:
