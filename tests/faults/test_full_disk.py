@@ -51,7 +51,7 @@ def test_saves_to_a_full_disk_fail_aloud_and_the_next_with_room_is_committed(run
     freed = steps(run)[-1]
     assert freed > full, "training went on"
     runs.wait(lambda: any(int(path.name[5:]) > freed for path in to.glob("step-*")), ranks)
-    ranks[0].terminate()
+    ranks[0].send_signal(signal.SIGTERM)
     assert runs.end(ranks) == [75, 75]
 
     failed = events(run, "save_failed")
