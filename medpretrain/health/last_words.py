@@ -88,7 +88,9 @@ def end(error: BaseException) -> NoReturn:
     cause = of(error)
     say(cause)
     if _world() > 1:
-        if _taken is not None:
+        # Others of this host say the same for a moment; and torchrun must see the end of the rank that is the cause
+        # before that of a rank that lost it, for it ends the others and names the first.
+        if _taken is not None or cause.consequence:
             time.sleep(_LINGER_S)
         # A group that has lost a rank can hold up the interpreter's way out, and its warnings would come last.
         sys.stdout.flush()
