@@ -13,7 +13,6 @@ times, with a 95 % interval from 2,000 resamplings of the rounds (seed 0).
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import platform
@@ -214,17 +213,6 @@ def markdown(rows: list[dict[str, Any]], about: str) -> str:
     return f"# What a run costs beside a bare loop\n\n{about}\n\n" + "\n".join(lines) + "\n"
 
 
-def harness() -> Any:
-    """benchmarks/exactness.py, for its processes."""
-    spec = importlib.util.spec_from_file_location("exactness", Path(__file__).with_name("exactness.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["exactness"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2])
@@ -245,7 +233,9 @@ def main() -> None:
             if process.leads:
                 (given.rank_into / "rows.json").write_text(json.dumps(rows))
         return
-    run_ranks, rows = harness().run_ranks, []
+    from exactness import run_ranks  # not in the ranks: it imports all methods
+
+    rows = []
     for ranks in given.ranks:
         with tempfile.TemporaryDirectory() as folder:
             options = ["--rounds", str(given.rounds), "--batch", str(given.batch), "--cases", *given.cases]

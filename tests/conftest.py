@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -61,12 +59,9 @@ def colour_dataset(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def exactness():
     """The harness of benchmarks/exactness.py."""
-    script = Path(__file__).parents[1] / "benchmarks" / "exactness.py"
-    spec = importlib.util.spec_from_file_location("exactness", script)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["exactness"] = module
-    spec.loader.exec_module(module)
-    return module
+    import exactness
+
+    return exactness
 
 
 @pytest.fixture(scope="session")

@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import random
-import sys
-from pathlib import Path
 
+import checkpoint_faults as faults
 import pytest
 
 
 @pytest.fixture(scope="module")
-def faults():
-    script = Path(__file__).parents[2] / "benchmarks" / "checkpoint_faults.py"
-    spec = importlib.util.spec_from_file_location("checkpoint_faults", script)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["checkpoint_faults"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def there(faults, run_ranks, tmp_path_factory):
+def there(run_ranks, tmp_path_factory):
     """Each trial leaves it as it was."""
     return faults.Folder(tmp_path_factory.mktemp("faults"), random.SystemRandom().randrange(2**20), run_ranks)
 
 
 @pytest.mark.distributed
-def test_every_fault_is_found_and_the_checkpoint_before_is_loaded_to_the_bit(faults, there):
+def test_every_fault_is_found_and_the_checkpoint_before_is_loaded_to_the_bit(there):
     print("seed", there.seed)
     rows = faults.trials(there, 8 * len(faults.FAULTS), random.Random(there.seed))
     assert len(rows) == 120
@@ -36,7 +24,7 @@ def test_every_fault_is_found_and_the_checkpoint_before_is_loaded_to_the_bit(fau
 
 
 @pytest.mark.distributed
-def test_a_fault_that_is_not_found_is_counted_as_such(faults, there, monkeypatch):
+def test_a_fault_that_is_not_found_is_counted_as_such(there, monkeypatch):
     """Were nothing hashed, the harness would say so."""
     monkeypatch.setattr("medpretrain.checkpoints.reading._sha256", lambda target, name, file, size: Anything())
     draw = random.Random(3)

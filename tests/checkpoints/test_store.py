@@ -10,7 +10,6 @@ import boto3
 import fsspec
 import pytest
 import torch
-from moto.server import ThreadedMotoServer
 from safetensors.torch import load as load_bytes
 
 from data_prep.errors import UserError, WorkFailed
@@ -28,24 +27,15 @@ from medpretrain.checkpoints import (
     read,
     verify,
 )
+from tests.s3 import Server, serving
 
 from .conftest import ABOUT, ALONE, One, bits, blank, parts, tensors
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[ThreadedMotoServer]:
-    with pytest.MonkeyPatch.context() as patch:
-        running = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-        running.start()
-        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{running.get_host_and_port()[1]}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "id-of-key")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret-of-key")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_MAX_ATTEMPTS", "1")
-        for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
-            patch.delenv(name, raising=False)
+def server() -> Iterator[Server]:
+    with serving() as running:
         yield running
-        running.stop()
 
 
 @pytest.fixture(params=["memory", "s3"])

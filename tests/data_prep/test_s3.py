@@ -14,13 +14,13 @@ from pathlib import Path
 import boto3
 import fsspec
 import pytest
-from moto.server import ThreadedMotoServer
 
 from data_prep.errors import UserError, WorkFailed
 from data_prep.images import prepare
 from data_prep.options import Progress
 from data_prep.staging import Staging
 from data_prep.store import UrlStore
+from tests.s3 import Server, serving
 
 Draw = Callable[..., bytes]
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,35 +31,10 @@ class Killed(BaseException):
     """Stands for SIGKILL: nothing of ours catches it."""
 
 
-class Server:
-    """An S3 server that can go away and come back with what it had."""
-
-    def __init__(self) -> None:
-        self._server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-        self._server.start()
-        self.port = self._server.get_host_and_port()[1]
-
-    def stop(self) -> None:
-        self._server.stop()
-
-    def start(self) -> None:
-        self._server = ThreadedMotoServer(ip_address="127.0.0.1", port=self.port, verbose=False)
-        self._server.start()
-
-
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with pytest.MonkeyPatch.context() as patch:
-        running = Server()
-        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{running.port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "id-of-key")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret-of-key")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_MAX_ATTEMPTS", "1")
-        for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
-            patch.delenv(name, raising=False)
+    with serving() as running:
         yield running
-        running.stop()
 
 
 @pytest.fixture

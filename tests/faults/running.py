@@ -12,8 +12,6 @@ import time
 from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from warm import Started
 
 from medpretrain.checkpoints import newest, open_target, read

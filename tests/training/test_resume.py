@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import random
-import sys
-from pathlib import Path
 
+import jobs
 import pytest
 
 from data_prep.dataset import Dataset
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-import jobs
 
 STEPS, EVERY = 14, 3
 
