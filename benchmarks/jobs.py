@@ -148,6 +148,10 @@ class Job:
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             self._ranks.append(Started(arguments, os.environ | common | place, log))
 
+    @property
+    def pids(self) -> list[int]:
+        return [rank.pid for rank in self._ranks]
+
     def alive(self) -> bool:
         """Whether no rank has ended."""
         return all(rank.poll() is None for rank in self._ranks)
