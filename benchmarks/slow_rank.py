@@ -3,8 +3,8 @@
     python benchmarks/slow_rank.py [--even 180] [--patience 300] [--out benchmarks/results]
 
 Two processes train, with the default `faults.slow` (1.5) and a look at the speeds every 10 s. First both go as they
-can; then rank 1 is stopped and continued (SIGSTOP, SIGCONT) every 2 ms, about as long as a look takes, so that it is
-twice as slow; then it is let go. Run it on a machine with a core for each process and nothing else to do: where
+can; then rank 1 is stopped and continued (SIGSTOP, SIGCONT) every 2 ms, about as long as a look takes, so that it
+has half of the time; then it is let go. Run it on a machine with a core for each process and nothing else to do: where
 processes share cores, one of them really is slower than the other at times.
 """
 
