@@ -1,1 +1,4 @@
-"""From a recipe to running processes. Imports no torch, so it runs on a login node."""
+"""From a recipe to running processes: torchrun, DeepSpeed, SLURM, Kubernetes.
+
+Imports no torch, so it runs on a login node.
+"""

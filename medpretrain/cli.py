@@ -15,7 +15,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 import data_prep.cli
-from data_prep.errors import WorkFailed
+import medpretrain.cli_launch
+from data_prep.errors import UserError, WorkFailed
 from medpretrain.health import last_words
 from medpretrain.health.exits import exit_codes
 from medpretrain.recipe_file import dump_recipe, load_recipe, recipe_files
@@ -29,6 +30,7 @@ app = typer.Typer(
 app.add_typer(data_prep.cli.app, name="prep")
 recipes_app = typer.Typer(help="List the shipped recipes, or show one resolved.", invoke_without_command=True)
 app.add_typer(recipes_app, name="recipes")
+app.add_typer(medpretrain.cli_launch.app, name="launch")
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, as in optim.lr=3e-4", show_default=False)]
 RecipeName = Annotated[str, typer.Argument(help="a shipped recipe's name, or a .yaml file")]
@@ -81,6 +83,45 @@ def train(
         print(f"{finished.step} steps done. Checkpoint: {finished.checkpoint}")
         print(f"next: medpretrain evaluate knn {finished.run} {loaded.data.path[0]} --baseline random")
         print(f"      medpretrain export {finished.run} OUT")
+
+
+@app.command(
+    epilog="Exit codes: 0: no row fails; 1: one does, or the others were not found; 2: a wrong option or recipe."
+)
+def preflight(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    nodes: Annotated[int | None, typer.Option(help="hosts of the run; the command is started on each", min=1)] = None,
+    gpus: Annotated[int | None, typer.Option(help="processes on this host; one a GPU by default", min=1)] = None,
+    head: Annotated[str | None, typer.Option(help="HOST:PORT of the host where all meet", show_default=False)] = None,
+    hosts: Annotated[str | None, typer.Option(help="their names, a,b,c: who is missing is named")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="this host's name; SLURMD_NODENAME or its host name by default")
+    ] = None,
+    timeout: Annotated[float, typer.Option(help="seconds that the others are waited for")] = 180.0,
+    verify_shards: Annotated[str, typer.Option(help="shards of each dataset to verify on each host, or all")] = "2",
+    local: Annotated[bool, typer.Option("--local", help="this host alone, without a rehearsal")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="also write everything to this file")] = None,
+) -> None:
+    """Check hosts, network, data, disk and memory before a run, and rehearse some steps; trains nothing."""
+    if not (verify_shards == "all" or verify_shards.isdigit()):
+        raise UserError(f"--verify-shards {verify_shards!r}: give a number, or all")
+    loaded = load_recipe(recipe, overrides or [])
+    from medpretrain.preflight.run import preflight as run_preflight
+
+    passed = run_preflight(
+        loaded,
+        nodes=nodes,
+        gpus=gpus,
+        head=head,
+        hosts=hosts.split(",") if hosts else (),
+        name=name,
+        timeout_s=timeout,
+        verify_shards=None if verify_shards == "all" else int(verify_shards),
+        local=local,
+        json_file=json_file,
+    )
+    raise typer.Exit(0 if passed else 1)
 
 
 @app.command()

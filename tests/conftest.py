@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -68,3 +69,19 @@ def exactness():
 def run_ranks(exactness):
     """run_ranks(arguments, world): `python *arguments` as each rank of a gloo group; all must end with 0."""
     return exactness.run_ranks
+
+
+@pytest.fixture
+def medpretrain(monkeypatch, capsys):
+    """medpretrain(*words) -> (exit code, stdout, stderr)."""
+
+    from medpretrain import cli
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["medpretrain", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        text = capsys.readouterr()
+        return ended.value.code or 0, text.out, text.err
+
+    return call

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import shutil
-import sys
 
 import pytest
 
-from medpretrain import cli
 from medpretrain.checkpoints import at
 from medpretrain.tracking.metrics_log import read_metrics
 
@@ -22,20 +20,6 @@ train: {{steps: 3, global_batch: 8, log_every: 1}}
 checkpoint: {{every: 2}}
 tracking: {{uri: none}}
 """
-
-
-@pytest.fixture
-def medpretrain(monkeypatch, capsys):
-    """medpretrain(*words) -> (exit code, stdout, stderr)."""
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["medpretrain", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        text = capsys.readouterr()
-        return ended.value.code or 0, text.out, text.err
-
-    return call
 
 
 @pytest.fixture

@@ -22,8 +22,8 @@ class NoProgress(WorkFailed):
 
 
 def restart_count() -> int:
-    """How often torchrun or SLURM has started this run again; 0 where it was started by hand."""
-    names = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+    """How often torchrun, SLURM, its batch script or a JobSet has started this run again; 0: it was started by hand."""
+    names = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT", "MEDPRETRAIN_RESTART_COUNT", "JOBSET_RESTART_ATTEMPT")
     return sum(int(os.environ.get(name) or 0) for name in names)
 
 

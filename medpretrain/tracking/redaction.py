@@ -6,9 +6,8 @@ import os
 import re
 from urllib.parse import unquote
 
-_SECRET_NAMES = re.compile(
-    r"PASSWORD|PASSWD|TOKEN|SECRET|CREDENTIAL|(?:API|ACCESS|ACCOUNT|PRIVATE)_?KEY", re.IGNORECASE
-)
+from launchers.site import SECRET_NAMES
+
 _SHORTEST_SECRET = 8  # anything shorter in an unknown variable would blank out ordinary words
 
 
@@ -23,7 +22,7 @@ def redact(text: str, uri: str = "") -> str:
     known += [
         value
         for name, value in os.environ.items()
-        if _SECRET_NAMES.search(name) and len(value) >= _SHORTEST_SECRET and not value.startswith("/")  # no file's path
+        if SECRET_NAMES.search(name) and len(value) >= _SHORTEST_SECRET and not value.startswith("/")  # no file's path
     ]
     if credentials:
         password = credentials[1].partition(":")[2]

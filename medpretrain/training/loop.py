@@ -51,6 +51,25 @@ class Finished:
     """Its path or URL."""
 
 
+@dataclass(frozen=True)
+class Ready:
+    """All that trains, before there is a run folder.
+
+    Attributes:
+        recipe: with the data's mean and std.
+        total: steps of the whole run.
+        facts: of the datasets, for the checkpoint.
+    """
+
+    recipe: Recipe
+    dataset: Mixture
+    stream: Stream
+    trainer: Trainer
+    total: int
+    about: CheckpointInfo
+    facts: DatasetFacts
+
+
 def train(recipe: Recipe, resume: str | Path = "auto", override: Collection[str] = ()) -> Finished:
     """Train what the recipe says, from the newest committed checkpoint of its run folder if there is one.
 
@@ -69,22 +88,9 @@ def train(recipe: Recipe, resume: str | Path = "auto", override: Collection[str]
     refuse_strategy(recipe, method_class(recipe.method["name"]))
     run = recipe.run_dir
     with joined(recipe.device, hang_s=recipe.faults.hang_s, traces=run / "nccl") as process, ExitStack() as stack:
-        _configure(recipe, process)
-        dataset = Mixture.open(recipe.data.path, recipe.data.weights)
-        recipe = with_normalisation(recipe, dataset)
-        stream = build_stream(recipe, dataset, process)
-        total = recipe.train.steps or math.ceil((recipe.train.epochs or 0) * stream.steps_per_epoch)
-        about = CheckpointInfo(
-            dump_recipe(recipe), recipe.sha256, dataset.sha256, process.world, strategy=recipe.strategy
-        )
-        data = training_set(recipe, dataset, stream.order)
-        known = TypeAdapter(TrainingSet).dump_python(data, mode="json")
-        facts = DatasetFacts(bit_depth=dataset.bit_depth, splits=dataset.splits, training=known)
-        method = build_method(recipe, data).to(process.device)
-        refuse_batchnorm_of_one(method, recipe, process.world)
-        if process.world > 1 and recipe.train.sync_batchnorm:
-            use_global_batchnorm(method, process.device)
-        trainer = Trainer(method, recipe, process, total=total, steps_per_epoch=stream.steps_per_epoch)
+        ready = set_up(recipe, process)
+        recipe, dataset, stream, trainer, about = ready.recipe, ready.dataset, ready.stream, ready.trainer, ready.about
+        total = ready.total
 
         target = open_target(recipe.checkpoint.to, run)
         there = process.agreed(run.exists)
@@ -141,13 +147,36 @@ def train(recipe: Recipe, resume: str | Path = "auto", override: Collection[str]
             saver,
             watchdog,
             preemption,
-            dict(facts),
+            dict(ready.facts),
             total,
             skipped=found.info.extra.get("skipped_steps", 0) if found is not None else 0,
         ).run(step)
         saver.close()
         watchdog.mark(total, "end")
         return Finished(run, last.step, str(last))
+
+
+def set_up(recipe: Recipe, process: Process) -> Ready:
+    """Open the datasets and build the networks under their strategy; a collective. Nothing is written.
+
+    Raises:
+        UserError: no dataset, a backbone timm does not know, a batch that the processes cannot share, ...
+    """
+    _configure(recipe, process)
+    dataset = Mixture.open(recipe.data.path, recipe.data.weights)
+    recipe = with_normalisation(recipe, dataset)
+    stream = build_stream(recipe, dataset, process)
+    total = recipe.train.steps or math.ceil((recipe.train.epochs or 0) * stream.steps_per_epoch)
+    about = CheckpointInfo(dump_recipe(recipe), recipe.sha256, dataset.sha256, process.world, strategy=recipe.strategy)
+    data = training_set(recipe, dataset, stream.order)
+    known = TypeAdapter(TrainingSet).dump_python(data, mode="json")
+    facts = DatasetFacts(bit_depth=dataset.bit_depth, splits=dataset.splits, training=known)
+    method = build_method(recipe, data).to(process.device)
+    refuse_batchnorm_of_one(method, recipe, process.world)
+    if process.world > 1 and recipe.train.sync_batchnorm:
+        use_global_batchnorm(method, process.device)
+    trainer = Trainer(method, recipe, process, total=total, steps_per_epoch=stream.steps_per_epoch)
+    return Ready(recipe, dataset, stream, trainer, total, about, facts)
 
 
 def _hold(run: Path, stack: ExitStack) -> None:

@@ -1,0 +1,177 @@
+"""What a host knows of itself, found without a word to any other."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import data_prep
+import launchers
+import medpretrain
+from medpretrain.preflight.data import DatasetSeen, look_at_dataset
+from medpretrain.preflight.target import TargetSeen, look_at_target
+from medpretrain.recipe import Recipe, flatten
+
+REQUIRED = ("medpretrain", "numpy", "torch", "torchvision", "timm", "nvidia-dali")
+"""Packages without which nothing trains. Which build of DALI is there, `nvidia-dali-cuda130` say, is part of its
+version."""
+PACKAGES = (*REQUIRED, "deepspeed", "webdataset", "pyarrow", "pydantic", "safetensors", "triton", "nvidia-nccl")
+_BUILDS = re.compile(r"(nvidia-dali|nvidia-nccl)(-(?:cuda|cu)\d+)")
+_DRIVER = Path("/proc/driver/nvidia/version")
+_CGROUP = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+
+
+@dataclass(frozen=True)
+class Gpu:
+    name: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class HostFacts:
+    """A host before anything was tried together.
+
+    Attributes:
+        name: by which the host checked in.
+        processes: that train there.
+        versions: of Python and PACKAGES; None where a package is not installed.
+        code: SHA-256 of the source files of medpretrain, data_prep and launchers: one version may have two contents.
+        recipe: every value of the resolved recipe by its dotted key.
+        gpus: those that torch sees.
+        driver: NVIDIA's, None where there is none.
+        memory: bytes that the host, or the container, has.
+        shared_memory: bytes of /dev/shm, through which processes of one host talk; None where there is none.
+    """
+
+    name: str
+    processes: int
+    versions: dict[str, str | None]
+    code: str
+    recipe: dict[str, str | int | float | bool | None]
+    gpus: tuple[Gpu, ...]
+    driver: str | None
+    cores: int
+    memory: int
+    shared_memory: int | None
+    target: TargetSeen
+    datasets: tuple[DatasetSeen, ...]
+
+
+def look(
+    recipe: Recipe,
+    name: str,
+    *,
+    gpus: int | None,
+    verify_shards: int | None,
+    on_progress: Callable[[str], None] = lambda doing: None,
+) -> HostFacts:
+    """This host.
+
+    Args:
+        gpus: processes that are to train here; None: one for each GPU, or one where there is none or device=cpu.
+        verify_shards: of how many shards of each dataset the SHA-256 is computed; None: of all.
+        on_progress: told what is being looked at.
+    """
+    on_progress("packages and GPUs")
+    there = () if recipe.device == "cpu" else _gpus()
+    on_progress("the checkpoint target")
+    target = look_at_target(recipe)
+    datasets = []
+    for path in recipe.data.path:
+        on_progress(f"dataset {path}")
+        datasets.append(look_at_dataset(path, host=name, shards=verify_shards))
+    return HostFacts(
+        name=name,
+        processes=gpus if gpus is not None else max(1, len(there)),
+        versions=versions(),
+        code=code_sha256(),
+        recipe=dict(flatten(recipe.resolved())),
+        gpus=there,
+        driver=_driver(),
+        cores=len(os.sched_getaffinity(0)),
+        memory=_memory(),
+        shared_memory=_shared_memory(),
+        target=target,
+        datasets=tuple(datasets),
+    )
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python and PACKAGES, as they would be imported; None for what is not installed.
+
+    >>> versions()["python"].startswith("3.")
+    True
+    """
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    builds: dict[str, str] = {}
+    for distribution in importlib.metadata.distributions():
+        build = _BUILDS.fullmatch((distribution.name or "").lower())
+        if build:
+            builds.setdefault(build[1], f"{distribution.version}{build[2]}")
+    for package in PACKAGES:
+        try:
+            found[package] = builds.get(package) or importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    # A checkout that stands before an installed one on the path has no metadata of its own.
+    found["medpretrain"] = medpretrain.__version__
+    return found
+
+
+def code_sha256() -> str:
+    """SHA-256 over names and contents of the Python files that this process runs of ours."""
+    digest = hashlib.sha256()
+    for package in (medpretrain, data_prep, launchers):
+        assert package.__file__ is not None
+        root = Path(package.__file__).parent
+        for path in sorted(root.rglob("*.py")):
+            content = path.read_bytes()
+            digest.update(f"{package.__name__}/{path.relative_to(root)} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
+
+
+def _gpus() -> tuple[Gpu, ...]:
+    """Those that torch sees; none where torch is not installed, which `versions` tells."""
+    try:
+        import torch
+    except ModuleNotFoundError:
+        return ()
+    if not torch.cuda.is_available():
+        return ()
+    found = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
+    return tuple(Gpu(one.name, one.total_memory) for one in found)
+
+
+def _driver() -> str | None:
+    try:
+        said = re.search(r"\b\d{3,}\.\d+(?:\.\d+)?\b", _DRIVER.read_text())
+    except OSError:
+        return None
+    return said[0] if said else None
+
+
+def _memory() -> int:
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in _CGROUP:
+        try:
+            limits.append(int(path.read_text()))
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+    return min(limits)
+
+
+def _shared_memory() -> int | None:
+    if sys.platform != "linux":
+        return None
+    try:
+        disk = os.statvfs("/dev/shm")
+    except OSError:
+        return None
+    return disk.f_blocks * disk.f_frsize

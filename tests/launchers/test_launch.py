@@ -1,0 +1,171 @@
+"""`medpretrain launch`: what is wrong is said at once, before anything runs or is submitted."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RECIPE = ("simclr", "data.path=shards/none", "train.global_batch=64")
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    """site(text): the site file that is in force."""
+    monkeypatch.setenv("MEDPRETRAIN_SITE", str(tmp_path / "site.yaml"))
+
+    def write(text):
+        (tmp_path / "site.yaml").write_text(text)
+        return tmp_path / "site.yaml"
+
+    write("gpus: 4\n")
+    return write
+
+
+@pytest.fixture
+def programs(tmp_path, monkeypatch):
+    """programs(NAME=shell text): stand-ins; nothing else is on PATH but the shell's own."""
+    folder = tmp_path / "programs"
+    folder.mkdir()
+    for tool in ("bash", "sh", "sed", "cat", "true"):
+        (folder / tool).symlink_to(f"/bin/{tool}")
+
+    def make(**texts):
+        for name, text in texts.items():
+            (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+            (folder / name).chmod(0o755)
+        monkeypatch.setenv("PATH", str(folder))
+
+    make()
+    return make
+
+
+def test_a_dry_run_prints_the_gate_and_the_run_and_writes_nothing(medpretrain, tmp_path, monkeypatch, site):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    for command in (("torchrun",), ("slurm",), ("prep", "slurm", "--parts", "2")):
+        words = ("images", "in", "out") if "prep" in command else RECIPE
+        code, out, _ = medpretrain("launch", *command, "--dry-run", *words)
+        assert code == 0
+        assert f"-m medpretrain {'prep' if 'prep' in command else 'train'} {words[0]}" in out
+        assert ("-m medpretrain preflight simclr" in out) == ("prep" not in command)
+        code, out, _ = medpretrain("launch", *command, "--dry-run", *words)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("torchrun", "simlcr"), "there is no recipe 'simlcr'; did you mean 'simclr'?"),
+        (("torchrun", "simclr"), "the recipe names no dataset"),
+        (("torchrun", *RECIPE, "--nodes", "3"), "3 nodes x 4 processes = 12 do not divide train.global_batch=64"),
+        (("torchrun", *RECIPE, "--nodes", "two"), "--nodes two: give a number, or a range such as 2:4"),
+        (("torchrun", *RECIPE, "--nodes", "2"), "--head HOST, the same on every host"),
+        (("torchrun", *RECIPE, "--nodes", "2", "--head", "a:b"), "--head a:b: give HOST or HOST:PORT"),
+        (("deepspeed", *RECIPE), "there is no hostfile hostfile"),
+        (("deepspeed", *RECIPE, "--no-ssh"), "--no-ssh needs this host's place in the hostfile: --node-rank"),
+        (("slurm", *RECIPE, "--nodes", "3"), "3 nodes x 4 tasks = 12 do not divide"),
+        (("slurm", *RECIPE), "sbatch is missing here"),
+        (("prep", "slurm", "--parts", "2", "images", "in", "out", "--part", "1/2"), "--part is given by the array"),
+        (("prep", "slurm", "--parts", "2", "picture", "in", "out"), "there is no `medpretrain prep picture`"),
+        (("prep", "slurm", "--parts", "2", "images", "in", "out", "--spilt", "x"), "No such option: --spilt"),
+        (("torchrun", *RECIPE, "--site", "none.yaml"), "there is no site file none.yaml"),
+    ],
+)
+def test_what_is_wrong_is_one_line_before_anything_starts(
+    medpretrain, monkeypatch, tmp_path, site, programs, words, said
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    code, _, err = medpretrain("launch", *words)
+    assert code == 2
+    assert said in " ".join(err.split())
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("gpus: 8\nslurm:\n  partion: x\n", "site.yaml:3: unknown key 'partion'; did you mean 'partition'?"),
+        ("gpus: eight\n", "site.yaml:1: gpus: Input should be a valid integer"),
+        ("environment: {A-B: x}\n", "'A-B' is no name of an environment variable"),
+        ("environment:\n  MLFLOW_TRACKING_PASSWORD: x\n", "site.yaml:2: "),
+        ("- gpus\n", "a site file is a mapping"),
+    ],
+)
+def test_a_wrong_site_file_is_an_error_with_its_line(medpretrain, site, text, said):
+    site(text)
+    code, _, err = medpretrain("launch", "torchrun", *RECIPE, "--dry-run")
+    assert code == 2
+    assert said in err
+    assert "hunter2" not in err
+
+
+def test_a_password_in_the_site_file_is_refused_and_not_shown(medpretrain, site):
+    site("environment:\n  WANDB_API_KEY: hunter2\n")
+    code, out, err = medpretrain("launch", "slurm", *RECIPE, "--dry-run")
+    assert code == 2
+    assert "WANDB_API_KEY" in err
+    assert "hunter2" not in out + err
+
+
+SINFO = "echo batch 2; echo urgent 1"
+
+
+@pytest.mark.parametrize(
+    ("words", "sbatch", "said"),
+    [
+        (("--partition", "bacht"), "true", "there is no partition 'bacht'; did you mean 'batch'?"),
+        (("--partition", "urgent", "--nodes", "2"), "true", "partition urgent has 1 nodes, not 2"),
+        (("--partition", "batch"), "echo sbatch: error: Invalid account >&2; exit 1", "sbatch: error: Invalid account"),
+    ],
+)
+def test_what_slurm_would_refuse_is_said_and_nothing_is_submitted(
+    medpretrain, monkeypatch, tmp_path, site, programs, words, sbatch, said
+):
+    monkeypatch.chdir(tmp_path)
+    programs(sinfo=SINFO, sbatch=f'echo "$@" >> {tmp_path}/submitted; {sbatch}')
+    code, _, err = medpretrain("launch", "slurm", *RECIPE, *words)
+    assert code == 2
+    assert said in err
+    submitted = tmp_path / "submitted"
+    assert not submitted.exists() or submitted.read_text().startswith("--test-only")
+
+
+def test_a_host_that_ssh_does_not_reach_is_named(medpretrain, monkeypatch, tmp_path, programs):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hostfile").write_text("gpu01 slots=4\ngpu02 slots=4\n")
+    refuse = 'case "$*" in *gpu02*) echo "ssh: connect to host gpu02: No route to host" >&2; exit 255;; esac'
+    programs(ssh=refuse, pdsh="true")
+    code, _, err = medpretrain("launch", "deepspeed", *RECIPE)
+    assert code == 2
+    assert "not to be reached by ssh: gpu02 (ssh: connect to host gpu02: No route to host)" in err
+    programs(pdsh="true")
+    (tmp_path / "programs" / "ssh").unlink()
+    code, _, err = medpretrain("launch", "deepspeed", *RECIPE)
+    assert code == 2
+    assert "ssh is missing: install openssh-client" in err
+
+
+def test_words_that_pdsh_would_change_are_refused(medpretrain, monkeypatch, tmp_path):
+    (tmp_path / "hostfile").write_text("gpu01 slots=4\n")
+    words = ("--hostfile", tmp_path / "hostfile", "--dry-run", "views.crop.crop=[0.5, 1]")
+    code, _, err = medpretrain("launch", "deepspeed", *RECIPE, *words)
+    assert code == 2
+    assert "DeepSpeed cannot carry 'views.crop.crop=[0.5, 1]' to other hosts" in err
+    code, out, _ = medpretrain("launch", "deepspeed", *RECIPE, *words, "--no-ssh", "--node-rank", "0")
+    assert code == 0
+    assert "'views.crop.crop=[0.5, 1]'" in out
+
+
+def test_a_login_node_without_torch_launches(tmp_path):
+    """Nothing that `launch` imports needs torch."""
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError('no torch here', name='torch')")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    words = [sys.executable, "-m", "medpretrain", "launch", "slurm", *RECIPE, "--gpus", "8", "--dry-run"]
+    answer = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
+    assert "#SBATCH --ntasks-per-node=8" in answer.stdout
