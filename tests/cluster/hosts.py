@@ -188,6 +188,8 @@ class Host:
 
     def end(self) -> None:
         """SIGKILL to all its processes, those that became daemons too: they are in its network namespace."""
+        for process in self._started:
+            process.kill()  # one that was started just now may not have entered the namespace yet
         deadline = time.monotonic() + 10
         namespace = os.stat(f"/proc/{self._holder.pid}/ns/net").st_ino
         while left := [pid for pid in _processes(namespace) if pid != self._holder.pid]:
@@ -195,16 +197,12 @@ class Host:
             for pid in left:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-            for process in self._started:
-                process.poll()  # or it would stay as a zombie
             time.sleep(0.01)
 
     def close(self) -> None:
         self.end()
         self._holder.kill()
         self._holder.communicate()
-        for process in self._started:
-            process.wait()
 
 
 class Hosts:

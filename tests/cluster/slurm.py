@@ -19,7 +19,7 @@ SlurmctldPort=17817
 SlurmdPort=17818
 AuthType=auth/munge
 CredType=cred/munge
-AuthInfo=socket={folder}/munge.socket
+AuthInfo=socket={folder}/munge.socket,cred_expire={requeue_wait}
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -61,6 +61,7 @@ class Slurm:
         timeout: seconds after which a node that does not answer is down, and its jobs are requeued.
         kill_wait: seconds between SIGTERM and SIGKILL.
         grace: seconds between SIGTERM and the requeue of a job that another takes the nodes of.
+        requeue_wait: seconds that a requeued job waits before it may start; 120 by default in SLURM.
 
     Raises:
         RuntimeError: SLURM is not installed.
@@ -76,6 +77,7 @@ class Slurm:
         timeout: int = 10,
         kill_wait: int = 5,
         grace: int = 0,
+        requeue_wait: int = 15,
     ) -> None:
         need("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
         folder.mkdir(parents=True)
@@ -91,6 +93,7 @@ class Slurm:
                 timeout=timeout,
                 kill_wait=kill_wait,
                 grace=grace,
+                requeue_wait=requeue_wait,
             )
         )
         (folder / "state").mkdir()
@@ -157,11 +160,6 @@ class Slurm:
             assert time.monotonic() < deadline, f"job {job} is {state} and not {' or '.join(states)}: {self.show(job)}"
             time.sleep(0.1)
         return state
-
-    def hurry(self, job: int) -> None:
-        """Let a requeued job start now: by itself it waits two minutes."""
-        done = self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
-        assert done.returncode == 0, done.stderr
 
     def node_states(self) -> dict[str, str]:
         done = self.run("sinfo", "--noheader", "--Node", "--partition=batch", "--format=%N %T")

@@ -1,7 +1,4 @@
-"""`medpretrain launch slurm` on a real SLURM of two nodes: whatever takes the nodes away, the run goes on by itself.
-
-A requeued job waits two minutes before it may start; the tests let it start at once, and do nothing else to it.
-"""
+"""`medpretrain launch slurm` on a real SLURM of two nodes: whatever takes the nodes away, the run goes on by itself."""
 
 from __future__ import annotations
 
@@ -65,15 +62,6 @@ def until(happens, log, timeout=120):
         time.sleep(0.1)
 
 
-def requeued(slurm, job, times, log):
-    """Wait until SLURM has put it back `times` times and the nodes are free of it, and let it start."""
-    until(lambda: slurm.show(job)["Restarts"] == str(times) and slurm.state(job) == "PENDING", log)
-    until(lambda: set(slurm.node_states().values()) == {"idle"}, log)
-    # In the second in which the earlier start was revoked a new one is refused ("Job credential revoked").
-    time.sleep(3)
-    slurm.hurry(job)
-
-
 def assert_like_undisturbed(run, other, total):
     assert steps(run) == list(range(1, total + 1))
     assert seen(run, total) == seen(other, total)
@@ -96,7 +84,6 @@ def test_a_pre_empted_run_that_then_loses_a_node_ends_like_an_undisturbed_one(
     (left,) = events(run, "preempted")
     assert left["step"] >= at
     assert committed(run)[-1] == left["step"], "nothing is lost"
-    requeued(slurm, job, 1, log)
 
     until(reached(run, left["step"] + 30), log)
     hosts["b"].lose()
@@ -104,10 +91,8 @@ def test_a_pre_empted_run_that_then_loses_a_node_ends_like_an_undisturbed_one(
     until(lambda: slurm.state(job) == "PENDING", log)
     hosts["b"].up()
     slurm.start_node(hosts["b"])
-    slurm.wait_for_nodes("idle", ["a", "b"], timeout=60)
-    requeued(slurm, job, 2, log)
 
-    assert slurm.wait(job, "COMPLETED", "FAILED", "CANCELLED", timeout=120) == "COMPLETED", log.read_text()[-3000:]
+    assert slurm.wait(job, "COMPLETED", "FAILED", "CANCELLED", timeout=180) == "COMPLETED", log.read_text()[-3000:]
     starts = [row["step"] for row in rows(run / "starts.jsonl")]
     assert starts[:2] == [0, left["step"]]
     assert len(starts) == 3
@@ -123,25 +108,18 @@ def test_a_run_longer_than_its_time_limit_is_followed_to_its_end(slurm, hosts, s
     # On a slow network a step takes 0.3 s, so that the limit comes before the end however fast this machine is.
     hosts["b"].slow(40)
     launch = hosts["login"].start(words, env=slurm.environment | {"PYTHONPATH": str(ROOT)}, cwd=tmp_path)
-    until(lambda: "stop: scancel" in launch.said(), launch.log)
-    job = int(launch.said().partition("stop: scancel ")[2].split()[0])
-    times = 0
     while launch.poll() is None:
-        if slurm.state(job) == "PENDING":
-            times += 1
-            if times == 1:
-                hosts["b"].unslow()
-            requeued(slurm, job, times, launch.log)
-            slurm.wait(job, "RUNNING", "COMPLETED", timeout=60)
+        if events(run, "preempted"):
+            hosts["b"].unslow()
+            break
         time.sleep(0.5)
-    assert launch.returncode == 0, launch.said()[-3000:]
-    assert times >= 1
+    assert launch.wait(300) == 0, launch.said()[-3000:]
+    # SLURM may ask before the ranks listen, which costs a start and no step.
     left = [row["step"] for row in events(run, "preempted")]
-    assert len(left) == times
+    assert 1 <= len(left) <= launch.said().count("back into the queue: job")
     assert 0 < left[0] < total
     assert [row["step"] for row in rows(run / "starts.jsonl")] == [0, *left], "not a step is done twice"
     assert steps(run) == list(range(1, total + 1))
-    assert launch.said().count("back into the queue: job") == times
     assert f"{total} steps done" in launch.said()
 
 
