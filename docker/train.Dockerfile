@@ -37,7 +37,8 @@ RUN export DS_BUILD_OPS=0 PIP_CONSTRAINT= PIP_BREAK_SYSTEM_PACKAGES=1 PIP_NO_CAC
 # user's own home there, and makes all of the image read-only.
 ENV PYTHONUNBUFFERED=1 \
     HOME=/home/medpretrain \
-    USER=medpretrain
+    USER=medpretrain \
+    MEDPRETRAIN_REVISION=${REVISION}
 # A number that no base uses: 1000 is `ubuntu` in some. A label that lies about the version fails here.
 RUN useradd --uid 10001 --user-group --create-home --shell /bin/bash medpretrain \
     && mkdir /work && chmod 1777 /work /home/medpretrain \

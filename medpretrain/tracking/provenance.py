@@ -23,6 +23,8 @@ from medpretrain.tracking.redaction import redact
 from medpretrain.tracking.state import write_whole
 
 PROVENANCE_FILE, ENVIRONMENT_FILE, ENVIRONMENT_GLOB = "provenance.json", "environment.txt", "environment*.txt"
+IMAGE_REVISION = "MEDPRETRAIN_REVISION"
+"""The variable in which an image holds its commit; `unknown` if it was built without one."""
 _GIT_S = 10.0
 
 
@@ -61,7 +63,7 @@ def write_provenance(
             "command": redact(shlex.join(sys.orig_argv if command is None else command)),
             "host": socket.gethostname(),
             "medpretrain": medpretrain.__version__,
-            "git": _git(Path(medpretrain.__file__).resolve().parents[1]),
+            "git": _git(Path(medpretrain.__file__).resolve().parents[1]) or _git_of_image(),
             "recipe": recipe.name,
             "recipe_sha256": recipe.sha256,
             "datasets": [
@@ -139,3 +141,9 @@ def _git(root: Path) -> dict[str, Any] | None:
         return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain"))}
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def _git_of_image() -> dict[str, Any] | None:
+    """The commit an image was built from, as whoever built it said; whether files differed from it nobody knows."""
+    commit = os.environ.get(IMAGE_REVISION, "unknown")
+    return None if commit == "unknown" else {"commit": commit, "dirty": None}

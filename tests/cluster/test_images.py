@@ -362,6 +362,8 @@ print(json.dumps([(one["info"]["status"], sorted(m["key"] for m in one["data"]["
         "demo_dino",
         "demo_modan_mulsupcon",
     }
+    provenance = [json.loads(path.read_text()) for path in (tmp_path / "demo" / "demo").rglob("provenance.json")]
+    assert [start["git"]["commit"] for one in provenance for start in one["starts"]] == ["0123abc", "0123abc"]
 
 
 def test_no_more_of_a_checkout_enters_an_image_than_the_package(tmp_path, buildah):

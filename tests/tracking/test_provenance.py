@@ -78,6 +78,16 @@ def test_the_commit_is_that_of_a_checkout_and_of_no_other_repository(tmp_path):
     assert provenance._git(tmp_path / "new") is None  # packages installed inside somebody's repository
 
 
+def test_the_commit_in_an_image_is_what_it_was_built_from(run, recipe, monkeypatch):
+    monkeypatch.setattr(provenance, "_git", lambda root: None)
+    for said in (None, "unknown", "0123abc"):
+        if said:
+            monkeypatch.setenv("MEDPRETRAIN_REVISION", said)
+        write_provenance(run, recipe, ["1", "2"], world_size=1)
+    starts = json.loads((run / "provenance.json").read_text())["starts"]
+    assert [start["git"] for start in starts] == [None, None, {"commit": "0123abc", "dirty": None}]
+
+
 def test_a_broken_provenance_file_is_named(run, recipe):
     (run / "provenance.json").write_text("{")
     with pytest.raises(UserError, match=r"provenance\.json"):
