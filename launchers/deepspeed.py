@@ -18,11 +18,12 @@ from launchers.command import Command, after_setup, medpretrain
 from launchers.head import Head
 from launchers.hostfile import Slots
 from launchers.job import Job
-from launchers.site import Site
+from launchers.site import SECRET_NAMES, Site
 
 PORT = 29500
 """Of the rendezvous; preflight meets at the one below."""
 _SSH_S = 10
+_CARRIED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,8 @@ def train(job: Job, site: Site, hosts: Hosts, *, hostfile: Path, include: str = 
         # Its own check asks the first host alone. And a single host in the file is still that host, not this one.
         words += ["--launcher", "pdsh", "--force_multi", "--no_ssh_check"]
         words += ["--ssh_port", str(hosts.ssh_port)] if hosts.ssh_port else []
+        # DeepSpeed carries variables to the other hosts on a command line, which it also logs.
+        words = ["env", *(word for name in secrets() for word in ("-u", name)), *words] if secrets() else words
     if site.setup:
         words += ["--venv_script", str(setup_file(job.run_dir).resolve())]
     variables = {"DS_ENV_FILE": str(environment_file(job.run_dir).resolve())}
@@ -156,9 +159,14 @@ def setup_file(run_dir: Path) -> Path:
     return launch_folder(run_dir) / "setup.sh"
 
 
+def secrets() -> list[str]:
+    """The variables that DeepSpeed would carry to the other hosts, and that are nobody's business."""
+    return sorted(name for name in os.environ if name.startswith(_CARRIED) and SECRET_NAMES.search(name))
+
+
 def _inherited() -> dict[str, str]:
     """What DeepSpeed too takes from here to the other hosts, as far as preflight needs it."""
-    return {name: value for name, value in os.environ.items() if name.startswith(("PYTHON", "NCCL", "MLFLOW"))}
+    return {name: value for name, value in os.environ.items() if name.startswith(("PYTHON", "NCCL"))}
 
 
 def _refuse_unquotable(words: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import socket
 from dataclasses import dataclass
 
@@ -55,3 +56,22 @@ class Head:
             socket.getaddrinfo(self.host, self.port)
         except socket.gaierror as error:
             raise UserError(f"--head {self.host}: this host cannot resolve the name ({error.strerror})") from None
+
+    def address_here(self) -> str | None:
+        """This host's own address on the way there; None where there is no way, or where it is loopback."""
+        try:
+            family, _, _, _, where = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_DGRAM)[0]
+            with socket.socket(family, socket.SOCK_DGRAM) as probe:
+                probe.connect(where)  # chooses a route, and sends nothing
+                own = str(probe.getsockname()[0])
+        except OSError:
+            return None
+        return None if is_loopback(own) else own
+
+
+def is_loopback(address: str) -> bool:
+    """
+    >>> is_loopback("127.0.1.1"), is_loopback("::1"), is_loopback("10.0.0.1")
+    (True, True, False)
+    """
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback

@@ -85,17 +85,16 @@ class PrepJob:
     """A preparation in `parts` parts, each a `medpretrain prep KIND SOURCE OUT ... --part i/n`.
 
     Attributes:
-        words: after `medpretrain prep`: the kind, SOURCE, OUT and options.
+        words: after `medpretrain prep`: the kind, SOURCE, OUT and options, in any order that it takes.
+        out: OUT among them, where the shards go.
+        says_workers: whether they say how many processes a part has.
     """
 
     words: tuple[str, ...]
     parts: int
+    out: str
+    says_workers: bool = False
 
     @property
     def name(self) -> str:
         return f"prep-{self.words[0]}"
-
-    @property
-    def out(self) -> str:
-        """Where the shards go."""
-        return self.words[2]

@@ -57,16 +57,19 @@ def train_script(job: Job, site: Site, request: Request, log: Path, *, preflight
     """
     job.refuse_size(request.nodes * request.gpus, f"{request.nodes} nodes x {request.gpus} tasks")
     refuse_image(site)
-    options = _options(job.name, site, request, log)
-    options += [f"--ntasks-per-node={request.gpus}", "--exclusive", "--requeue"]
-    options += [f"--signal=B:USR1@{site.slurm.signal_s}"]
+    options = [
+        f"--ntasks-per-node={request.gpus}",
+        "--exclusive",
+        "--requeue",
+        f"--signal=B:USR1@{site.slurm.signal_s}",
+    ]
     gate = ""
     if preflight:
         words = [*job.preflight, "--nodes", str(request.nodes), "--gpus", str(request.gpus)]
         gate = _GATE.substitute(run=_srun(site), preflight=_in_container(site, medpretrain(words, _python(site))))
     return _TRAIN.substitute(
-        sbatch=_lines(options),
-        what=f"medpretrain {shlex.join(job.train)}",
+        what=_comment(job.train),
+        sbatch=_header(job.name, site, request, log, options),
         folder=shlex.quote(os.getcwd()),
         environment=_environment(site),
         tasks=request.gpus,
@@ -84,15 +87,14 @@ def prep_script(job: PrepJob, site: Site, request: Request, log: Path) -> str:
         UserError: the image's file is not there.
     """
     refuse_image(site)
-    options = _options(job.name, site, request, log)
-    options += [f"--array=1-{job.parts}", "--ntasks=1", "--requeue"]
+    options = [f"--array=1-{job.parts}", "--ntasks=1", "--requeue"]
     if request.cpus:
         options.append(f"--cpus-per-task={request.cpus}")
     words = medpretrain(["prep", *job.words], _python(site))
-    workers = "" if "--workers" in job.words else ' --workers "${SLURM_CPUS_PER_TASK:-1}"'
+    workers = "" if job.says_workers else ' --workers "${SLURM_CPUS_PER_TASK:-1}"'
     return _PREP.substitute(
-        sbatch=_lines(options),
-        what=f"medpretrain prep {shlex.join(job.words)}",
+        what=_comment(["prep", *job.words]),
+        sbatch=_header(job.name, site, request, log, options),
         folder=shlex.quote(os.getcwd()),
         environment=_environment(site),
         run=_srun(site),
@@ -110,7 +112,8 @@ def refuse_image(site: Site) -> None:
         raise UserError(f"there is no image {image}; docker/README.md says how to make one")
 
 
-def _options(name: str, site: Site, request: Request, log: Path) -> list[str]:
+def _header(name: str, site: Site, request: Request, log: Path, more: Sequence[str]) -> str:
+    """The lines that sbatch reads, which takes quotes as a shell does."""
     options = [f"--job-name={name}", f"--nodes={request.nodes}", f"--output={log}", "--open-mode=append"]
     for option in ("partition", "account", "qos", "time"):
         value = getattr(request, option)
@@ -118,11 +121,11 @@ def _options(name: str, site: Site, request: Request, log: Path) -> list[str]:
     if site.slurm.gpu_option != "none":
         sign = "=gpu:" if site.slurm.gpu_option == "gres" else "="
         options.append(f"--{site.slurm.gpu_option}{sign}{request.gpus}")
-    return [*options, *site.slurm.extra]
+    return "\n".join(f"#SBATCH {option}" for option in [*map(shlex.quote, [*options, *more]), *site.slurm.extra])
 
 
-def _lines(options: Sequence[str]) -> str:
-    return "\n".join(f"#SBATCH {option}" for option in options)
+def _comment(words: Sequence[str]) -> str:
+    return f"medpretrain {shlex.join(words)}".replace("\n", " ")
 
 
 def _environment(site: Site) -> str:
@@ -158,9 +161,9 @@ _TRAIN = Template("""\
 # $what
 # Written by `medpretrain launch slurm`; `sbatch` takes it as it is, and the same command again goes on with the run.
 $sbatch
-set -u
 cd $folder || exit 1
 $environment
+set -u  # not before: `module` and `conda activate` read variables that are not set
 # Where all tasks meet. Without a head there is no job: another address would make every node train alone.
 head=$$(scontrol show hostnames "$$SLURM_JOB_NODELIST" | head -n 1)
 [ -n "$$head" ] || { echo "scontrol does not say which nodes this job has" >&2; exit 1; }
@@ -232,7 +235,6 @@ _PREP = Template("""\
 # $what
 # Written by `medpretrain launch prep slurm`; the same array again does what is left.
 $sbatch
-set -u
 cd $folder || exit 1
 $environment
 exec $run $prep

@@ -15,6 +15,10 @@ from data_prep.errors import UserError, WorkFailed, nearest
 _POLL_S = 2.0
 _GONE_S = 60.0
 """slurmctld may be away for a moment; a job that is not known any more after this is over."""
+OVER = frozenset(
+    ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY", "PREEMPTED")
+)
+"""States from which no job comes back by itself; REQUEUED, SIGNALING, STAGE_OUT, ... pass."""
 
 
 def refuse_without_slurm() -> None:
@@ -40,10 +44,13 @@ def refuse_partition(partition: str | None, nodes: int) -> None:
     sizes: dict[str, int] = {}
     for name, count in listed:
         sizes[name] = sizes.get(name, 0) + int(count)
-    if partition not in sizes:
-        raise UserError(f"there is no partition {partition!r}{nearest(partition, sizes)}; `sinfo` lists them")
-    if sizes[partition] < nodes:
-        raise UserError(f"partition {partition} has {sizes[partition]} nodes, not {nodes}")
+    named = partition.split(",")  # SLURM takes the first of several that is free
+    for name in named:
+        if name not in sizes:
+            raise UserError(f"there is no partition {name!r}{nearest(name, sizes)}; `sinfo` lists them")
+    largest = max(named, key=lambda name: sizes[name])
+    if sizes[largest] < nodes:
+        raise UserError(f"partition {largest} has {sizes[largest]} nodes, not {nodes}")
 
 
 @dataclass(frozen=True)
@@ -74,9 +81,10 @@ def state(number: str) -> str | None:
     if asked.returncode != 0:
         return None
     states = re.findall(r"\bJobState=([A-Z_]+)", asked.stdout)
-    alive = [one for one in ("RUNNING", "COMPLETING", "PENDING") if one in states]
+    first = [one for one in ("RUNNING", "COMPLETING") if one in states]
+    alive = [one for one in states if one not in OVER]
     bad = [one for one in states if one != "COMPLETED"]
-    return (alive or bad or states or [None])[0]
+    return next(iter([*first, *alive, *bad, *states]), None)
 
 
 def follow(job: Submitted, say: Callable[[str], None]) -> str:
@@ -96,7 +104,7 @@ def follow(job: Submitted, say: Callable[[str], None]) -> str:
                 )
         else:
             known, last = time.monotonic(), now
-            if now not in ("RUNNING", "COMPLETING", "PENDING", "SUSPENDED", "CONFIGURING"):
+            if now in OVER:
                 _tell(job.log, at, say)
                 return now
             if now != since and now == "PENDING":

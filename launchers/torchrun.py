@@ -82,6 +82,8 @@ def train(job: Job, site: Site, *, nodes: Nodes, gpus: int, head: Head | None, r
         patience = "last_call_timeout=5,keep_alive_interval=1,keep_alive_max_attempt=3"
         words += [f"--nnodes={nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={head}", f"--rdzv-conf={patience}"]
         words.append(f"--rdzv-id={rendezvous_id(job.run_dir)}")
+        # torchrun tells the others this host's name, which they may not know, or know as another network's.
+        words += [f"--local-addr={address}"] if (address := head.address_here()) else []
     return Command(
         after_setup([*words, SIGNALS, "-m", "medpretrain", *job.train_under_torchrun], site), environment(site)
     )

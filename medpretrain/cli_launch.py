@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 import data_prep.cli
 from data_prep.cli_prepare import COMMANDS
 from data_prep.errors import UserError, WorkFailed, nearest
+from data_prep.plan import parse_split
 from launchers import deepspeed as by_deepspeed
 from launchers import kubectl, slurm_queue
 from launchers import kubernetes as by_kubernetes
@@ -109,6 +110,8 @@ def torchrun(
         meet.refuse_unknown()
     named = [name.strip() for name in hosts.split(",")] if hosts else []
     gate = by_torchrun.preflight(job, found, nodes=size, gpus=per_host, head=meet, hosts=named)
+    if meet is not None and dry_run:
+        typer.echo("# as on this host; --local-addr is another on each")
     _run([gate] if preflight else [], train, dry_run)
 
 
@@ -305,12 +308,15 @@ def prep_job_of(words: list[str], parts: int) -> PrepJob:
     kind, *arguments = words
     if kind not in COMMANDS:
         raise UserError(f"there is no `medpretrain prep {kind}`{nearest(kind, COMMANDS)}")
-    if "--part" in words:
-        raise UserError("--part is given by the array; leave it out")
     group = typer.main.get_command(data_prep.cli.app)
     assert isinstance(group, TyperGroup)
-    group.commands[kind].make_context(f"medpretrain prep {kind}", arguments)  # a wrong option ends the command here
-    return PrepJob(tuple(words), parts)
+    # A wrong option ends the command here.
+    given = group.commands[kind].make_context(f"medpretrain prep {kind}", arguments)
+    if given.params["part"] is not None:
+        raise UserError("--part is given by the array; leave it out")
+    parse_split(given.params.get("split"))
+    source = given.get_parameter_source("workers")
+    return PrepJob(tuple(words), parts, given.params["out"], source is not None and source.name == "COMMANDLINE")
 
 
 def _run(gates: list[Command], train: Command, dry_run: bool) -> None:
@@ -329,7 +335,8 @@ def _run(gates: list[Command], train: Command, dry_run: bool) -> None:
 
 def _submit(script: str, path: Path, log: Path, request: by_slurm.Request, follow: bool, dry_run: bool) -> None:
     if dry_run:
-        typer.echo(f"# sbatch {path}")
+        # sbatch takes a folder for the log that is not there, and the job then fails without a word.
+        typer.echo(f"# mkdir -p {shlex.quote(str(path.parent))} && sbatch {shlex.quote(str(path))}")
         typer.echo(script, nl=False)
         return
     slurm_queue.refuse_without_slurm()
@@ -340,7 +347,7 @@ def _submit(script: str, path: Path, log: Path, request: by_slurm.Request, follo
     typer.echo(f"job {job.number}: {path}")
     typer.echo(f"log: {job.log}")
     typer.echo(f"stop: scancel {job.number}")
-    typer.echo(f"resume: sbatch {path}")
+    typer.echo(f"resume: sbatch {shlex.quote(str(path))}")
     if not follow:
         return
     try:

@@ -15,6 +15,7 @@ from pathlib import Path
 import data_prep
 import launchers
 import medpretrain
+from medpretrain.health.address import gloo_address, interfaces
 from medpretrain.preflight.data import DatasetSeen, look_at_dataset
 from medpretrain.preflight.target import TargetSeen, look_at_target
 from medpretrain.recipe import Recipe, flatten
@@ -48,6 +49,8 @@ class HostFacts:
         driver: NVIDIA's, None where there is none.
         memory: bytes that the host, or the container, has.
         shared_memory: bytes of /dev/shm, through which processes of one host talk; None where there is none.
+        gloo_address: where gloo listens; None where GLOO_SOCKET_IFNAME says it.
+        interfaces: of the network, without loopback.
     """
 
     name: str
@@ -60,6 +63,8 @@ class HostFacts:
     cores: int
     memory: int
     shared_memory: int | None
+    gloo_address: str | None
+    interfaces: tuple[str, ...]
     target: TargetSeen
     datasets: tuple[DatasetSeen, ...]
 
@@ -98,6 +103,8 @@ def look(
         cores=len(os.sched_getaffinity(0)),
         memory=_memory(),
         shared_memory=_shared_memory(),
+        gloo_address=gloo_address(),
+        interfaces=interfaces(),
         target=target,
         datasets=tuple(datasets),
     )

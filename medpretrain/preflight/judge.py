@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from launchers.head import is_loopback
+from medpretrain.health.address import cure
 from medpretrain.preflight.facts import REQUIRED, HostFacts
 from medpretrain.preflight.judge_rehearsal import judge_rehearsal
 from medpretrain.preflight.report import RankReport
@@ -65,6 +67,7 @@ def judge_hosts(recipe: Recipe, hosts: Hosts, limits: Limits) -> list[Row]:
     rows = _present(hosts)
     for judged in (_packages, _code, _recipe, _gpus, _driver):
         rows += judged(recipe, hosts)
+    rows += _addresses(hosts)
     rows += _batch(recipe, hosts)
     rows += _shared_memory(hosts, limits)
     rows += _clocks(hosts, limits)
@@ -180,6 +183,18 @@ def _driver(recipe: Recipe, hosts: Hosts) -> list[Row]:
         for driver, names in others(drivers).items()
     ]
     return rows or [Row("driver", "pass", expected)]
+
+
+def _addresses(hosts: Hosts) -> list[Row]:
+    if hosts.wanted == 1:
+        return []
+    rows = []
+    for host in hosts.seen:
+        if host.gloo_address is not None and is_loopback(host.gloo_address):
+            figures = f"its own name means {host.gloo_address} there, where other hosts do not find it"
+            rows.append(Row("address", "fail", figures, host.name, cure(host.interfaces)))
+    found = [f"{host.name} {host.gloo_address or 'by GLOO_SOCKET_IFNAME'}" for host in hosts.seen]
+    return rows or [Row("address", "pass", listed(found))]
 
 
 def _batch(recipe: Recipe, hosts: Hosts) -> list[Row]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ import torch
 import torch.distributed as dist
 
 from data_prep.errors import UserError, WorkFailed, nearest
+from launchers.head import is_loopback
+from medpretrain.health.address import cure, gloo_address, interfaces, meets_elsewhere
 from medpretrain.health.flight_recorder import enable_flight_recorder
 from medpretrain.health.preemption import end_with_parent
 
@@ -86,7 +89,7 @@ def joined(device: str, *, hang_s: float = 600.0, traces: Path | None = None) ->
         traces: the folder for NCCL's record of the last collectives, should one hang; it need not be there yet.
 
     Raises:
-        UserError: see `choose_device`.
+        UserError: see `choose_device`; other hosts could not find this one.
     """
     end_with_parent()
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
@@ -99,6 +102,7 @@ def joined(device: str, *, hang_s: float = 600.0, traces: Path | None = None) ->
     if world == 1:
         yield process
         return
+    _refuse_loopback(world, local_world)
     if traces is not None:
         enable_flight_recorder(traces)
     dist.init_process_group(
@@ -107,3 +111,12 @@ def joined(device: str, *, hang_s: float = 600.0, traces: Path | None = None) ->
     yield process
     # Not after an error: with a rank lost, NCCL's way out may never end, and the process's own end closes all.
     dist.destroy_process_group()
+
+
+def _refuse_loopback(world: int, local_world: int) -> None:
+    address = gloo_address()
+    if world == local_world or address is None or not is_loopback(address):
+        return
+    if meets_elsewhere(os.environ["MASTER_ADDR"]):  # else all "hosts" are this machine
+        name = socket.gethostname()
+        raise UserError(f"{name} is {address} to itself, where other hosts do not find it: {cure(interfaces())}")

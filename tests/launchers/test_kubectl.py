@@ -77,7 +77,7 @@ def test_the_text_is_read_back_as_the_manifests(tmp_path):
         train_job(job, SITE, **RUN | {"name": "mine"}),
         training_runtime(SITE, name="medpretrain"),
         job_set(JOB, SITE, **RUN),
-        prep_job(PrepJob(("images", "/data/a", "/runs/b"), 4), SITE, name="prep"),
+        prep_job(PrepJob(("images", "/data/a", "/runs/b"), 4, "/runs/b"), SITE, name="prep"),
     ]
     assert read(to_yaml(manifests)) == manifests
     assert "&id" not in to_yaml(manifests)
@@ -100,7 +100,7 @@ def test_the_first_lines_say_how_to_follow_stop_and_go_on():
         assert part in said
     # Else a second run would write where the first still commits its checkpoint.
     assert "delete --cascade=foreground" in said
-    wide = to_yaml(prep_job(PrepJob(("images", "/data/a", "/runs/b"), 40), SITE, name="prep"))
+    wide = to_yaml(prep_job(PrepJob(("images", "/data/a", "/runs/b"), 40, "/runs/b"), SITE, name="prep"))
     assert "--max-log-requests=40 -l batch.kubernetes.io/job-name=prep" in wide
 
 

@@ -38,7 +38,7 @@ FULL = Site(
     ),
 )
 JOB = Job("dino", "dino", ("optim.lr=3e-4", "run.dir=/runs/dino"), Path("/runs/dino"), 512)
-PREP = PrepJob(("dicom", "/data/dicom", "/runs/shards", "--workers", "8"), 4)
+PREP = PrepJob(("dicom", "/data/dicom", "/runs/shards", "--workers", "8"), 4, "/runs/shards")
 RUN = {"nodes": 2, "gpus": 8, "name": "dino"}
 
 
@@ -310,8 +310,8 @@ def test_a_run_that_would_be_gone_with_its_pod_is_refused():
             with pytest.raises(UserError, match=said):
                 make(job, BARE, **RUN)
         with pytest.raises(UserError, match=said):
-            prep_job(PrepJob(("dicom", "/data/dicom", folder), 4), BARE, name="prep")
-    prep_job(PrepJob(("dicom", "/data/dicom", "s3://bucket/shards"), 4), BARE, name="prep")
+            prep_job(PrepJob(("dicom", "/data/dicom", folder), 4, folder), BARE, name="prep")
+    prep_job(PrepJob(("dicom", "/data/dicom", "s3://bucket/shards"), 4, "s3://bucket/shards"), BARE, name="prep")
 
 
 def test_processes_that_do_not_divide_the_batch_are_refused():

@@ -71,6 +71,11 @@ def test_a_dry_run_prints_the_gate_and_the_run_and_writes_nothing(medpretrain, t
         (("slurm", *RECIPE, "--nodes", "3"), "3 nodes x 4 tasks = 12 do not divide"),
         (("slurm", *RECIPE), "sbatch is missing here"),
         (("prep", "slurm", "--parts", "2", "images", "in", "out", "--part", "1/2"), "--part is given by the array"),
+        (("prep", "slurm", "--parts", "2", "images", "in", "out", "--part=1/2"), "--part is given by the array"),
+        (
+            ("prep", "slurm", "--parts", "2", "images", "in", "out", "--split=train=0.5"),
+            "the parts add up to 0.5, not 1",
+        ),
         (("prep", "slurm", "--parts", "2", "picture", "in", "out"), "there is no `medpretrain prep picture`"),
         (("prep", "slurm", "--parts", "2", "images", "in", "out", "--spilt", "x"), "No such option: --spilt"),
         (("torchrun", *RECIPE, "--site", "none.yaml"), "there is no site file none.yaml"),
@@ -121,6 +126,8 @@ SINFO = "echo batch 2; echo urgent 1"
     [
         (("--partition", "bacht"), "true", "there is no partition 'bacht'; did you mean 'batch'?"),
         (("--partition", "urgent", "--nodes", "2"), "true", "partition urgent has 1 nodes, not 2"),
+        (("--partition", "batch,urgnt"), "true", "there is no partition 'urgnt'; did you mean 'urgent'?"),
+        (("--partition", "urgent,batch", "--nodes", "2"), "echo sbatch: error: No >&2; exit 1", "sbatch: error: No"),
         (("--partition", "batch"), "echo sbatch: error: Invalid account >&2; exit 1", "sbatch: error: Invalid account"),
     ],
 )
@@ -160,6 +167,24 @@ def test_words_that_pdsh_would_change_are_refused(medpretrain, monkeypatch, tmp_
     code, out, _ = medpretrain("launch", "deepspeed", *RECIPE, *words, "--no-ssh", "--node-rank", "0")
     assert code == 0
     assert "'views.crop.crop=[0.5, 1]'" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "workers"),
+    [
+        (("images", "in", "out"), "slurm"),
+        (("images", "--split", "train=0.8,test=0.2", "--workers=3", "in", "out"), "3"),
+        (("radimagenet", "in", "--workers", "2", "out"), "2"),
+    ],
+)
+def test_options_of_a_preparation_may_stand_anywhere(medpretrain, monkeypatch, tmp_path, site, words, workers):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = medpretrain("launch", "prep", "slurm", "--parts", "2", "--dry-run", *words)
+    assert code == 0
+    first, last = out.splitlines()[0], out.splitlines()[-1]
+    assert first == f"# mkdir -p {tmp_path}/out.launch && sbatch {tmp_path}/out.launch/array.sbatch"
+    assert last.count("--workers") == 1
+    assert last.endswith('--workers "${SLURM_CPUS_PER_TASK:-1}"') == (workers == "slurm")
 
 
 def test_a_login_node_without_torch_launches(tmp_path):

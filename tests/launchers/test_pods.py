@@ -210,7 +210,7 @@ def test_a_request_to_leave_reaches_what_runs(waiting, tmp_path):
 
 def test_parts_of_a_preparation_are_one_to_n_and_each_once(tmp_path):
     words = ("images", "/data/my images", "/runs/shards", "--split", "train=0.7,test=0.3", "--note", "$(PRICE) it's")
-    container = Container(tmp_path, prep_job(PrepJob(words, 4), SITE, name="prep"))
+    container = Container(tmp_path, prep_job(PrepJob(words, 4, words[2]), SITE, name="prep"))
     for index in range(container.manifest["spec"]["completions"]):
         assert container.run(JOB_COMPLETION_INDEX=str(index)) == 0
     prefix = ["-m", "medpretrain", "prep", *words, "--part"]
@@ -280,7 +280,7 @@ def test_the_shells_of_images_take_the_scripts(tmp_path):
     assert shells
     for manifest in (
         train_job(JOB, SITE, nodes=2, gpus=8, name="dino"),
-        prep_job(PrepJob(("images", "/data/a", "/runs/b"), 4), SITE, name="prep"),
+        prep_job(PrepJob(("images", "/data/a", "/runs/b"), 4, "/runs/b"), SITE, name="prep"),
     ):
         spec = manifest["spec"]
         container = spec.get("trainer") or spec["template"]["spec"]["containers"][0]

@@ -179,6 +179,18 @@ def test_the_request_and_the_site_are_in_the_header(job):
     assert "export NCCL_DEBUG='a b'\nmodule load cuda\n" in script
 
 
+def test_a_setup_may_read_variables_that_are_not_set(batch, job):
+    """As `module` and `conda activate` do."""
+    process = batch(script_of(job, Site(setup=('echo "$NOT_SET_ANYWHERE"',))), [0])
+    assert process.wait(20) == 0
+
+
+def test_words_with_lines_in_them_stay_a_comment(batch, job):
+    process = batch(script_of(replace(job, overrides=("about=a\nexit 9",))), [0])
+    assert process.wait(20) == 0
+    assert "<about=a exit 9>" in process.notes()[0]
+
+
 @pytest.mark.parametrize(
     ("slurm", "line"),
     [({"gpu_option": "gres"}, "--gres=gpu:4"), ({"gpu_option": "none"}, None), ({}, "--gpus-per-node=4")],
@@ -214,7 +226,7 @@ def test_tasks_that_do_not_divide_the_batch_are_said_before_submission(job):
 
 
 def test_an_array_does_each_part_once(batch, monkeypatch):
-    job = PrepJob(("images", "in put", "out", "--split", "train=0.8,test=0.2"), 3)
+    job = PrepJob(("images", "in put", "out", "--split", "train=0.8,test=0.2"), 3, "out")
     script = prep_script(job, Site(cpus=6), Request(cpus=6), Path("/logs/%A_%a"))
     assert "#SBATCH --array=1-3\n" in script
     assert "#SBATCH --cpus-per-task=6\n" in script

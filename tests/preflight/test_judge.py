@@ -55,6 +55,8 @@ def host(name, **changes):
         cores=16,
         memory=128 * GB,
         shared_memory=64 * GB,
+        gloo_address=f"10.0.0.{name[1:]}" if name[1:].isdigit() else "10.0.0.1",
+        interfaces=("eth0",),
         target=TargetSeen("run/checkpoints", free=1000 * GB, write_bytes_s=GB),
         datasets=(DatasetSeen("shards", "da7a" * 16, 1000, 10, ("train-00001.tar",), GB),),
     )
@@ -228,6 +230,13 @@ def test_another_driver():
 def test_a_batch_that_the_processes_cannot_share():
     found = table(several(3), recipe=_of_batch(1024))
     one(found, "global batch", "fail", "", "1024 images do not divide among 6 processes x 1 micro-batches")
+
+
+def test_a_host_whose_own_name_is_loopback_to_it():
+    row = one(table(several(2, n1={"gloo_address": "127.0.1.1"})), "address", "fail", "n1", "127.0.1.1")
+    assert "GLOO_SOCKET_IFNAME=INTERFACE in its environment; it has eth0" in row.advice
+    assert not bad(table(several(2, n1={"gloo_address": None}))), "an interface is named"
+    assert not bad(table(several(1, n0={"gloo_address": "127.0.1.1"}))), "alone, it is no matter"
 
 
 def test_little_shared_memory():
