@@ -45,7 +45,7 @@ class Job:
     @property
     def preflight(self) -> list[str]:
         """The words after `python -m medpretrain`, to which a launcher adds `--nodes`, `--gpus`, `--head`, ..."""
-        return ["preflight", self.recipe, *self.overrides]
+        return ["preflight", self.recipe, *self.overrides, *self.options]
 
     def refuse_size(self, processes: int, said: str = "") -> None:
         """

@@ -102,6 +102,10 @@ def preflight(
     verify_shards: Annotated[str, typer.Option(help="shards of each dataset to verify on each host, or all")] = "2",
     local: Annotated[bool, typer.Option("--local", help="this host alone, without a rehearsal")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="also write everything to this file")] = None,
+    resume: Annotated[str, typer.Option(help="as of `medpretrain train`")] = "auto",
+    override: Annotated[
+        list[str] | None, typer.Option(help="as of `medpretrain train`; repeatable", show_default=False)
+    ] = None,
 ) -> None:
     """Check hosts, network, data, disk and memory before a run, and rehearse some steps; trains nothing."""
     if not (verify_shards == "all" or verify_shards.isdigit()):
@@ -114,12 +118,14 @@ def preflight(
         nodes=nodes,
         gpus=gpus,
         head=head,
-        hosts=hosts.split(",") if hosts else (),
+        hosts=[name.strip() for name in hosts.split(",")] if hosts else (),
         name=name,
         timeout_s=timeout,
         verify_shards=None if verify_shards == "all" else int(verify_shards),
         local=local,
         json_file=json_file,
+        resume=resume,
+        override=tuple(override or ()),
     )
     raise typer.Exit(0 if passed else 1)
 

@@ -27,12 +27,20 @@ def restart_count() -> int:
     return sum(int(os.environ.get(name) or 0) for name in names)
 
 
-def refuse_no_progress(run: Path, step: int, limit: int) -> None:
+def going_on(run: Path, resume: str) -> str:
+    """`resume` of this start: what was asked for is for the first start of a launch, whose words every restart has too;
+    a restart goes on from what that one came to."""
+    rows = read_rows(run / STARTS_FILE)
+    return "auto" if restart_count() and rows and rows[-1].get("resume") == resume else resume
+
+
+def refuse_no_progress(run: Path, step: int, limit: int, resume: str = "auto") -> None:
     """Note this start in RUN/starts.jsonl, or refuse it; rank 0 alone calls it, before training.
 
     Args:
         run: the run's folder, made already.
         step: the step from which the run would go on.
+        resume: what was asked for.
         limit: restarts one after another from the same step that are let pass.
 
     Raises:
@@ -47,7 +55,7 @@ def refuse_no_progress(run: Path, step: int, limit: int) -> None:
             f"{_causes(run, recent)}. A start by hand goes on from step {step}"
         )
     host, world = socket.gethostname(), int(os.environ.get("WORLD_SIZE", "1"))
-    row = {"time": time.time(), "step": step, "world": world, "host": host, "restart": restart}
+    row = {"time": time.time(), "step": step, "world": world, "host": host, "restart": restart, "resume": resume}
     append_row(run / STARTS_FILE, row)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,12 +36,15 @@ class DatasetSeen:
     problem: str | None = None
 
 
-def look_at_dataset(path: str, *, host: str, shards: int | None) -> DatasetSeen:
+def look_at_dataset(
+    path: str, *, host: str, shards: int | None, on_file: Callable[[str], None] = lambda name: None
+) -> DatasetSeen:
     """Read dataset.json and index.parquet with their hashes, the sizes of all shards, and the hashes of some.
 
     Args:
         host: another name chooses other shards, so that many hosts together see more of them.
         shards: how many; None: all.
+        on_file: told of each file that is looked at.
     """
     folder = Path(path)
     try:
@@ -52,6 +56,7 @@ def look_at_dataset(path: str, *, host: str, shards: int | None) -> DatasetSeen:
     files: list[tuple[str, str, int | None]] = [(INDEX, info.index_sha256, None)]
     try:
         for shard in info.shards:
+            on_file(shard.name)
             size = store.size(f"{SHARDS}/{shard.name}")
             if size != shard.bytes:
                 what = "is missing" if size is None else f"has {size} bytes, not {shard.bytes}"
@@ -63,6 +68,7 @@ def look_at_dataset(path: str, *, host: str, shards: int | None) -> DatasetSeen:
     files += [(f"{SHARDS}/{shard.name}", shard.sha256, shard.bytes) for shard in chosen]
     began = time.perf_counter()
     for name, its_sha256, its_bytes in files:
+        on_file(name)
         with contextlib.ExitStack() as stack:
             try:
                 opened = open_whole(stack, store, name, its_sha256, its_bytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -106,7 +107,7 @@ def _packages(recipe: Recipe, hosts: Hosts) -> list[Row]:
         lacking = [name for name, version in versions.items() if version is None]
         if package in wanted and lacking:
             rows.append(
-                Row("packages", "fail", f"{package} is not installed", listed(lacking), f"pip install {package}")
+                Row("packages", "fail", f"{package} is not installed", ", ".join(lacking), f"pip install {package}")
             )
             versions = {name: version for name, version in versions.items() if version is not None}
         if not versions:
@@ -114,7 +115,9 @@ def _packages(recipe: Recipe, hosts: Hosts) -> list[Row]:
         expected = usual(list(versions.values()))
         for version, names in others(versions).items():
             figures = f"{package} {version or 'is not installed'}, elsewhere {expected or 'not installed'}"
-            rows.append(Row("packages", "fail", figures, listed(names), "the same environment or image on all hosts"))
+            rows.append(
+                Row("packages", "fail", figures, ", ".join(names), "the same environment or image on all hosts")
+            )
     first = hosts.seen[0].versions
     known = ", ".join(f"{name} {first[name]}" for name in ("python", *wanted) if first.get(name))
     return rows or [Row("packages", "pass", known)]
@@ -124,7 +127,7 @@ def _code(recipe: Recipe, hosts: Hosts) -> list[Row]:
     digests = {host.name: host.code[:12] for host in hosts.seen}
     expected = usual(list(digests.values()))
     return [
-        Row("code", "fail", f"files {digest}, elsewhere {expected}", listed(names), "the same checkout on all hosts")
+        Row("code", "fail", f"files {digest}, elsewhere {expected}", ", ".join(names), "the same checkout on all hosts")
         for digest, names in others(digests).items()
     ] or [Row("code", "pass", f"files {expected}")]
 
@@ -141,14 +144,17 @@ def _recipe(recipe: Recipe, hosts: Hosts) -> list[Row]:
         shown = "; ".join(f"{key} is {its.get(key)}, elsewhere {expected.get(key)}" for key in (grave or keys)[:_MANY])
         more = f" and {len(grave or keys) - _MANY} more" if len(grave or keys) > _MANY else ""
         advice = "the same recipe and overrides on all hosts" if grave else "well if it is meant so"
-        rows.append(Row("recipe", "fail" if grave else "warn", shown + more, listed(names), advice))
+        rows.append(Row("recipe", "fail" if grave else "warn", shown + more, ", ".join(names), advice))
     return rows or [Row("recipe", "pass", f"{recipe.name}, {recipe.sha256[:12]}")]
 
 
 def _gpus(recipe: Recipe, hosts: Hosts) -> list[Row]:
     rows = []
     for host in hosts.seen:
-        if recipe.device != "cpu" and host.driver is not None and not host.gpus:
+        if host.gpu_problem is not None:
+            advice = "nvidia-smi and the kernel's log (dmesg) say more; take the host out"
+            rows.append(Row("GPUs", "fail", f"torch cannot look at them: {host.gpu_problem}", host.name, advice))
+        elif recipe.device != "cpu" and host.driver is not None and not host.gpus:
             what = f"torch sees no GPU though there is driver {host.driver}"
             rows.append(Row("GPUs", "fail", what, host.name, "a torch for this driver's CUDA? CUDA_VISIBLE_DEVICES?"))
         elif recipe.device == "cuda" and not host.gpus:
@@ -156,11 +162,13 @@ def _gpus(recipe: Recipe, hosts: Hosts) -> list[Row]:
         elif host.gpus and host.processes > len(host.gpus):
             figures = f"{len(host.gpus)} for {host.processes} processes"
             rows.append(Row("GPUs", "fail", figures, host.name, f"--gpus {len(host.gpus)}, or a host with more"))
-    shown = {host.name: _shown(host) for host in hosts.seen}
+    shown = {host.name: _shown(host) for host in hosts.seen if host.gpu_problem is None}
+    if not shown:
+        return rows
     expected = usual(list(shown.values()))
     advice = "hosts that are alike, or --gpus; the slowest sets the pace of all"
     for value, names in others(shown).items():
-        rows.append(Row("GPUs", "fail", f"{value}, elsewhere {expected}", listed(names), advice))
+        rows.append(Row("GPUs", "fail", f"{value}, elsewhere {expected}", ", ".join(names), advice))
     if not rows and recipe.device == "auto" and not hosts.seen[0].gpus:
         advice = "does the container or job have GPUs (--gpus all, --gres)? device=cpu says that none are meant"
         return [Row("GPUs", "warn", f"{expected}: device=auto trains on the CPU", "", advice)]
@@ -168,9 +176,8 @@ def _gpus(recipe: Recipe, hosts: Hosts) -> list[Row]:
 
 
 def _shown(host: HostFacts) -> str:
-    kinds = {(gpu.name, round(gpu.bytes / 2**30)): 0 for gpu in host.gpus}
-    for gpu in host.gpus:
-        kinds[gpu.name, round(gpu.bytes / 2**30)] += 1
+    """The GPUs that train."""
+    kinds = Counter((gpu.name, round(gpu.bytes / 2**30)) for gpu in host.gpus[: host.processes])
     gpus = " + ".join(f"{count} x {name} ({size} GiB)" for (name, size), count in sorted(kinds.items())) or "no GPU"
     return f"{gpus}, {host.processes} process{'es' * (host.processes > 1)}"
 
@@ -179,14 +186,14 @@ def _driver(recipe: Recipe, hosts: Hosts) -> list[Row]:
     drivers = {host.name: host.driver or "none" for host in hosts.seen}
     expected = usual(list(drivers.values()))
     rows = [
-        Row("driver", "warn", f"{driver}, elsewhere {expected}", listed(names), "the same driver on all hosts")
+        Row("driver", "warn", f"{driver}, elsewhere {expected}", ", ".join(names), "the same driver on all hosts")
         for driver, names in others(drivers).items()
     ]
     return rows or [Row("driver", "pass", expected)]
 
 
 def _addresses(hosts: Hosts) -> list[Row]:
-    if hosts.wanted == 1:
+    if len({host.network for host in hosts.seen}) == 1:
         return []
     rows = []
     for host in hosts.seen:
@@ -242,12 +249,12 @@ def _targets(hosts: Hosts) -> list[Row]:
             problems.setdefault(host.target.problem, []).append(host.name)
     for problem, names in problems.items():
         advice = "make room, get the right to write there, or give another checkpoint.to or run.dir"
-        rows.append(Row("checkpoint target", "fail", problem, listed(names), advice))
+        rows.append(Row("checkpoint target", "fail", problem, ", ".join(names), advice))
     apart = [name for name, shared in hosts.shares_target.items() if not shared]
     if apart:
         figures = f"{hosts.seen[0].target.place} is not the folder that {hosts.seen[0].name} sees"
         advice = "a shared file system for run.dir, or a bucket for checkpoint.to"
-        rows.append(Row("checkpoint target", "fail", figures, listed(apart), advice))
+        rows.append(Row("checkpoint target", "fail", figures, ", ".join(apart), advice))
     if rows:
         return rows
     speeds = [host.target.write_bytes_s for host in hosts.seen if host.target.write_bytes_s is not None]
@@ -265,14 +272,14 @@ def _dataset(number: int, hosts: Hosts) -> list[Row]:
         if one.problem is not None:
             problems.setdefault(one.problem, []).append(name)
     advice = "is it mounted there? 'medpretrain prep verify' finds all damage; copy it anew"
-    rows = [Row(check, "fail", problem, listed(names), advice) for problem, names in problems.items()]
+    rows = [Row(check, "fail", problem, ", ".join(names), advice) for problem, names in problems.items()]
     whole = {name: one for name, one in found.items() if one.problem is None}
     digests = {name: (one.sha256 or "")[:12] for name, one in whole.items()}
     if digests:
         expected = usual(list(digests.values()))
         for digest, names in others(digests).items():
             figures = f"{whole[names[0]].path} is dataset {digest}, elsewhere {expected}"
-            rows.append(Row(check, "fail", figures, listed(names), "the same dataset on all hosts"))
+            rows.append(Row(check, "fail", figures, ", ".join(names), "the same dataset on all hosts"))
     if rows:
         return rows
     first = next(iter(whole.values()))

@@ -43,8 +43,8 @@ def judge_rehearsal(
             *(Row(check, "not measured", "not measured: the rehearsal did not get so far") for check in after),
         ]
     if len(reports) > 1:
-        rows += _communication(reports, done)
-    rows += _memory(hosts, reports, limits)
+        rows += _communication(hosts, reports, done)
+    rows += _memory(recipe, hosts, reports, limits)
     rows += _data(recipe, reports, limits)
     rows += _room(recipe, hosts, done)
     rows += _time(recipe, hosts, done)
@@ -64,7 +64,7 @@ def _failures(reports: Sequence[RankReport]) -> list[Row]:
     for error, those in said.items():
         ranks = f"rank {listed(one.rank for one in those)}"
         at = f" while at {those[0].stage}" if those[0].stage not in error and not those[0].lost else ""
-        names = listed(dict.fromkeys(one.host for one in those))
+        names = ", ".join(dict.fromkeys(one.host for one in those))
         advice = "look at the host and at its own output" if lost else "training would end with the same"
         rows.append(Row("rehearsal", "fail", f"{ranks}{at}: {error}", names, advice))
     return rows
@@ -75,7 +75,7 @@ def _values(check: str, reports: Sequence[RankReport], right: Sequence[tuple[Ran
     if wrong:
         figures = f"wrong values on rank {listed(one.rank for one in wrong)}"
         advice = "take the host out; nccl-tests and dcgmi diag tell which part is broken"
-        return [Row(check, "fail", figures, listed(dict.fromkeys(one.host for one in wrong)), advice)]
+        return [Row(check, "fail", figures, ", ".join(dict.fromkeys(one.host for one in wrong)), advice)]
     speeds = [one.all_reduce if check == "all-reduce" else one.all_gather for one in reports]
     moved = speeds[0]
     if any(told is None for _, told in right) or moved is None:
@@ -144,7 +144,7 @@ def _rehearsal(reports: Sequence[RankReport]) -> Row:
     replaced = [one for one in reports if one.rehearsed is not None and one.rehearsed.replaced]
     if replaced:
         count = sum(one.rehearsed.replaced for one in replaced if one.rehearsed is not None)
-        names = listed(dict.fromkeys(one.host for one in replaced))
+        names = ", ".join(dict.fromkeys(one.host for one in replaced))
         advice = "'medpretrain prep verify' finds all that are damaged"
         return Row("rehearsal", "warn", f"{figures}; {count} images did not decode", names, advice)
     return Row("rehearsal", "pass", figures)
@@ -155,7 +155,7 @@ def _pace(done: Sequence[Rehearsed]) -> float:
     return max(max(one.step_s + one.wait_s, one.images / one.decode_images_s) for one in done)
 
 
-def _communication(reports: Sequence[RankReport], done: Sequence[Rehearsed]) -> list[Row]:
+def _communication(hosts: Sequence[HostFacts], reports: Sequence[RankReport], done: Sequence[Rehearsed]) -> list[Row]:
     moved = reports[0].all_reduce
     if moved is None:
         return [Row("communication", "not measured", "not measured: the rehearsal did not get so far")]
@@ -165,24 +165,35 @@ def _communication(reports: Sequence[RankReport], done: Sequence[Rehearsed]) -> 
     # A measured step has it inside, whole or hidden: more than half of it is more than the computing.
     if takes > step / 2:
         advice = "a faster network, a larger train.global_batch, or fewer hosts: it takes longer than computing"
-        return [Row("communication", "warn", figures, "", advice)]
+        # Of two hosts none can be told to be the slow one; of more, `links` has looked.
+        return [
+            Row("communication", "warn", figures, ", ".join(one.name for one in hosts[:2] if len(hosts) == 2), advice)
+        ]
     return [Row("communication", "pass", figures)]
 
 
-def _memory(hosts: Sequence[HostFacts], reports: Sequence[RankReport], limits: Limits) -> list[Row]:
-    advice = "more train.micro_batches, train.checkpoint_activations=true or strategy=fsdp2 need less"
-    rows, most, of = [], 0, 0
+def _memory(recipe: Recipe, hosts: Sequence[HostFacts], reports: Sequence[RankReport], limits: Limits) -> list[Row]:
+    """Of each GPU, and of each host, where a checkpoint is copied to while training goes on."""
+    on_gpu = "more train.micro_batches, train.checkpoint_activations=true or strategy=fsdp2 need less"
+    on_host = "fewer data.threads, more memory for the job or container, or checkpoint.background=false"
+    rows, most = [], {"a GPU": (0, 0), "a host": (0, 0)}
     for host in hosts:
         done = [one.rehearsed for one in reports if one.host == host.name and one.rehearsed is not None]
-        on_gpu = done[0].device_bytes is not None
-        used = max(one.peak_bytes for one in done) if on_gpu else sum(one.peak_bytes for one in done)
-        there = min(one.device_bytes or 0 for one in done) if on_gpu else host.memory
-        if used > most:
-            most, of = used, there
-        if used > limits.memory * there:
-            rows.append(Row("memory", "warn", f"{in_bytes(used)} of {in_bytes(there)}", host.name, advice))
-    each = "a GPU" if reports[0].rehearsed and reports[0].rehearsed.device_bytes is not None else "a host"
-    return rows or [Row("memory", "pass", f"at most {in_bytes(most)} of {in_bytes(of)} {each}")]
+        copies = sum(one.checkpoint_bytes for one in done) if recipe.checkpoint.background else 0
+        used = [("a host", sum(one.resident_bytes for one in done) + copies, host.memory, on_host)]
+        devices = [(one.peak_bytes, one.device_bytes) for one in done if one.peak_bytes and one.device_bytes]
+        if devices:
+            used.append(("a GPU", *max(devices, key=lambda both: both[0] / both[1]), on_gpu))
+        for what, taken, there, advice in used:
+            most[what] = max(most[what], (taken, there))
+            if taken > limits.memory * there:
+                rows.append(
+                    Row("memory", "warn", f"{in_bytes(taken)} of {in_bytes(there)} of {what}", host.name, advice)
+                )
+    figures = "; ".join(
+        f"{what} {in_bytes(taken)} of {in_bytes(there)}" for what, (taken, there) in most.items() if taken
+    )
+    return rows or [Row("memory", "pass", f"at most: {figures}")]
 
 
 def _data(recipe: Recipe, reports: Sequence[RankReport], limits: Limits) -> list[Row]:
@@ -243,6 +254,8 @@ def _time(recipe: Recipe, hosts: Sequence[HostFacts], done: Sequence[Rehearsed])
         rows.append(Row("checkpoint time", status, figures, "", advice))
     else:
         rows.append(Row("checkpoint time", "not measured", "not measured"))
-    total = steps * pace + (0 if recipe.checkpoint.background else save * (steps // recipe.checkpoint.every))
-    rows.append(Row("total time", "pass", f"{in_time(total)} for {steps:,} steps of {in_time(pace)}"))
+    left = steps - done[0].done
+    total = left * pace + (0 if recipe.checkpoint.background else save * (left // recipe.checkpoint.every))
+    which = f"the last {left:,} of {steps:,}" if done[0].done else f"{steps:,}"
+    rows.append(Row("total time", "pass", f"{in_time(total)} for {which} steps of {in_time(pace)}"))
     return rows

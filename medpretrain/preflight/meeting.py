@@ -1,6 +1,7 @@
 """How the agents of a preflight find each other: a store of torch on the head, to which every host checks in.
 
-Keys of the store: `arrived` counts those that came; `in/SLOT` is what one brought; `met` tells who is there, in order.
+Keys of the store: `arrived` counts those that came; `name/SLOT` is who it is; `sign/SLOT` changes while it looks at
+itself; `in/SLOT` is what it brought; `met` tells who is there, in order.
 """
 
 from __future__ import annotations
@@ -9,22 +10,23 @@ import json
 import socket
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from data_prep.errors import WorkFailed
 from launchers.head import Head
+from medpretrain.preflight.patience import answered
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from torch._C._distributed_c10d import TCPStore
 
 HEAD = 0
+SILENT_S = 30.0
+"""A host of which nothing is heard for so long is lost."""
 _POLL_S = 0.05
 _POLL_TIME_S = 0.001
 _ROUND_TRIPS = 9
+Result = TypeVar("Result")
 
 
 class Meeting:
@@ -42,12 +44,10 @@ class Meeting:
         return self.slot == HEAD
 
     def tell(self, key: str, value: Any) -> None:
-        with self._losing_the_head():
-            self._store.set(key, json.dumps(value))
+        self._asked(lambda: self._store.set(key, json.dumps(value)))
 
     def knows(self, key: str) -> bool:
-        with self._losing_the_head():
-            return bool(self._store.check([key]))
+        return bool(self._asked(lambda: self._store.check([key])))
 
     def hear(self, key: str, timeout_s: float, every_s: float = _POLL_S) -> Any:
         """What was told under `key`, once it is; asked for again and again, since torch warns of each wait that ends.
@@ -57,30 +57,50 @@ class Meeting:
             WorkFailed: the head is lost.
         """
         deadline = time.monotonic() + timeout_s
-        with self._losing_the_head():
-            while not self._store.check([key]):
-                if time.monotonic() >= deadline:
-                    raise TimeoutError(key)
-                time.sleep(every_s)
-            return json.loads(self._store.get(key))
+        while not self.knows(key):
+            if time.monotonic() >= deadline:
+                raise TimeoutError(key)
+            time.sleep(every_s)
+        return json.loads(self._asked(lambda: self._store.get(key)))
+
+    def arrive(self) -> None:
+        """A host that is not the head says who it is, before it looks at itself."""
+        self.tell(f"name/{self.slot}", self.name)
+
+    def sign(self) -> None:
+        """It is still there."""
+        if not self.leads:
+            self._asked(lambda: self._store.add(f"sign/{self.slot}", 1))
 
     def check_in(self, brought: Any) -> None:
         """A host that is not the head leaves what it brings."""
         self.tell(f"in/{self.slot}", brought)
 
-    def others(self, nodes: int, timeout_s: float, on_arrival: Callable[[int], None]) -> dict[int, Any]:
-        """On the head: what each other host brought, by its slot; ends when all have come or the time is over."""
+    def others(
+        self, nodes: int, timeout_s: float, on_arrival: Callable[[int], None]
+    ) -> tuple[dict[int, Any], list[str]]:
+        """On the head: what each other host brought, by its slot, and the names of those that came and were lost.
+
+        Ends when all have brought it, or when the time is over and no host that came in it shows a sign of life.
+        """
         found: dict[int, Any] = {}
+        signs: dict[int, tuple[int, float]] = {}
         deadline = time.monotonic() + timeout_s
-        while len(found) < nodes - 1 and time.monotonic() < deadline:
-            with self._losing_the_head():
-                arrived = int(self._store.add("arrived", 0))
-                for slot in range(1, arrived + 1):
-                    if slot not in found and self._store.check([f"in/{slot}"]):
-                        found[slot] = json.loads(self._store.get(f"in/{slot}"))
-                        on_arrival(len(found) + 1)
+        while len(found) < nodes - 1:
+            for slot in range(1, int(self._asked(lambda: self._store.add("arrived", 0))) + 1):
+                if slot not in found and self.knows(f"in/{slot}"):
+                    found[slot] = self.hear(f"in/{slot}", 0)
+                    on_arrival(len(found) + 1)
+                elif slot not in found:
+                    sign = int(self._asked(lambda slot=slot: self._store.add(f"sign/{slot}", 0)))  # type: ignore[misc]
+                    if slot not in signs or signs[slot][0] != sign:
+                        signs[slot] = sign, time.monotonic()
+            now = time.monotonic()
+            if now > deadline and not [s for s, (_, at) in signs.items() if s not in found and now - at < SILENT_S]:
+                break
             time.sleep(_POLL_S)
-        return found
+        lost = [slot for slot in signs if slot not in found and self.knows(f"name/{slot}")]
+        return found, [str(self.hear(f"name/{slot}", 0)) for slot in lost]
 
     def ask_time(self, slot: int, timeout_s: float = 10.0) -> tuple[float, float] | None:
         """On the head: how far the clock of a host is ahead of ours, and how exactly that is known, in seconds.
@@ -107,15 +127,17 @@ class Meeting:
             self.hear(f"time/{self.slot}/{turn}", timeout_s, _POLL_TIME_S if turn else _POLL_S)
             self.tell(f"time/{self.slot}/{turn}/answer", time.time())
 
-    @contextmanager
-    def _losing_the_head(self) -> Iterator[None]:
+    def _asked(self, call: Callable[[], Result]) -> Result:
+        """An answer of the store; torch waits without end for one on a host that has fallen silent."""
         from torch.distributed import DistError
 
         try:
-            yield
+            return answered(call, SILENT_S)
+        except TimeoutError:
+            said = f"it gave no answer for {SILENT_S:.0f} s"
         except DistError as error:
             said = str(error).splitlines()[0]
-            raise WorkFailed(f"{self.name} has lost the head {self._head} ({said}); its own output says why") from None
+        raise WorkFailed(f"{self.name} has lost the head {self._head} ({said}); its own output says why")
 
 
 def meet(head: Head, name: str, nodes: int, timeout_s: float) -> Meeting:
@@ -146,15 +168,21 @@ def meet(head: Head, name: str, nodes: int, timeout_s: float) -> Meeting:
         return Meeting(store, HEAD, name, head)
     _reach(head, name, deadline, timeout_s)
     left = timedelta(seconds=max(5.0, deadline - time.monotonic()))
-    try:
+
+    def join() -> tuple[TCPStore, int]:
         store = TCPStore(head.host, head.port, is_master=False, wait_for_workers=False, timeout=left)
-        slot = int(store.add("arrived", 1))
-    except DistError as error:
-        said = str(error).splitlines()[0]
+        return store, int(store.add("arrived", 1))
+
+    try:
+        store, slot = answered(join, SILENT_S)
+    except (DistError, TimeoutError) as error:
+        said = (str(error) or f"it says nothing for {SILENT_S:.0f} s").splitlines()[0]
         raise WorkFailed(f"what answers at {head} is no head of a preflight: {said}; take another port") from None
     if slot >= nodes:
         raise WorkFailed(f"{name} comes to {head} as host number {slot + 1}, and {nodes} are wanted: see --nodes")
-    return Meeting(store, slot, name, head)
+    meeting = Meeting(store, slot, name, head)
+    meeting.arrive()
+    return meeting
 
 
 def _listen(head: Head) -> socket.socket | None:

@@ -39,12 +39,13 @@ class Rehearsed:
         step_s, wait_s: median seconds of a step, and that it waited for data before.
         first_s: seconds of the first step, with what is compiled and allocated then.
         decode_images_s: images that this process's stream makes in a second where nothing else is done.
-        peak_bytes: of memory: on CUDA what torch had allocated at most and what is not torch's there, else what was
-            resident at most.
+        resident_bytes: of the host's memory, at most.
+        peak_bytes: on CUDA of the device's memory: what torch had allocated at most, and what is not torch's there.
         device_bytes: on CUDA the memory of the device, else None.
         checkpoint_bytes: of this process's file of a checkpoint.
         gradient_bytes: of all trained parameters in float32.
         steps: of the whole run.
+        done: of them, by the checkpoint that the run would go on from.
         not_finite: of the rehearsed steps, how many had a gradient that was not finite.
         replaced: images that did not decode.
         survey: images that the method wants to see before its first step, which is left out here.
@@ -55,11 +56,13 @@ class Rehearsed:
     wait_s: float
     first_s: float
     decode_images_s: float
-    peak_bytes: int
+    resident_bytes: int
+    peak_bytes: int | None
     device_bytes: int | None
     checkpoint_bytes: int
     gradient_bytes: int
     steps: int
+    done: int
     not_finite: int
     replaced: int
     survey: int

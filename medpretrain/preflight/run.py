@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import logging
+import math
 import os
 import secrets
 import signal
 import socket
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 from data_prep.errors import UserError, WorkFailed
 from data_prep.store import is_url
 from launchers.head import Head
+from medpretrain.health.restarts import going_on
 from medpretrain.preflight.facts import HostFacts, look
 from medpretrain.preflight.judge import Clock, Hosts, judge_hosts
 from medpretrain.preflight.judge_rehearsal import judge_rehearsal
@@ -55,6 +59,8 @@ def preflight(
     rehearsal_s: float = REHEARSAL_S,
     limits: Limits | None = None,
     json_file: Path | None = None,
+    resume: str = "auto",
+    override: tuple[str, ...] = (),
 ) -> bool:
     """Check the hosts of a run, print the table on the head, and say whether no row fails; the same on every host.
 
@@ -71,9 +77,10 @@ def preflight(
         local: this host alone, nothing with others and no steps: for one that joins a job that runs.
         rehearsal_s: after which the rehearsal is ended.
         json_file: the table and all figures, on the head.
+        resume, override: as of `medpretrain train`.
 
     Raises:
-        UserError: options that do not go together, or a recipe without a dataset.
+        UserError: options that do not go together, a recipe without a dataset, a `json_file` that cannot be written.
         WorkFailed: the head cannot be reached or is lost.
     """
     if not recipe.data.path:
@@ -88,26 +95,43 @@ def preflight(
         raise UserError(f"{wanted} hosts meet at one of them: give --head HOST:PORT, the same on each")
     own = name or _own_name(named)
     address = Head.parse(head) if head is not None and wanted > 1 else None
-    limits = limits or Limits()
+    if json_file is not None:
+        _refuse_unwritable(json_file)
+    how = _How(timeout_s, rehearsal_s, going_on(recipe.run_dir, resume), override, limits or Limits())
     with _ended_by_signals():
-        _log.info("%s: looking at this host", own)
-        facts = look(
-            recipe,
-            own,
-            gpus=gpus,
-            verify_shards=verify_shards,
-            on_progress=lambda doing: _log.info("%s: %s", own, doing),
-        )
-        if address is None:
-            agent: _Agent = _Agent(recipe, facts, 1, (), None, timeout_s, rehearsal_s, limits)
-        else:
-            if facts.versions["torch"] is None:  # it cannot check in, so it says itself what is wrong
-                show(judge_hosts(recipe, Hosts((facts,)), limits), (facts,))
-            meeting = meet(address, own, wanted, timeout_s)
-            agent = _Agent(recipe, facts, wanted, tuple(named), meeting, timeout_s, rehearsal_s, limits, address.host)
-            if not meeting.leads:
-                return agent.follow()
-        return agent.lead(local, json_file)
+        if address is not None and importlib.util.find_spec("torch") is None:
+            # It cannot meet the others, so it says itself what is wrong.
+            facts = _looked(recipe, own, gpus, verify_shards)
+            show(judge_hosts(recipe, Hosts((facts,)), how.limits), (facts,))
+        meeting = meet(address, own, wanted, timeout_s) if address is not None else None
+        # The head listens before it looks at itself, and those that have come show that they are there while they do.
+        facts = _looked(recipe, own, gpus, verify_shards, meeting)
+        head_name = "127.0.0.1" if address is None else address.host
+        agent = _Agent(recipe, facts, wanted, tuple(named), meeting, how, head_name)
+        return agent.lead(local, json_file) if meeting is None or meeting.leads else agent.follow()
+
+
+def _looked(
+    recipe: Recipe, name: str, gpus: int | None, verify_shards: int | None, meeting: Meeting | None = None
+) -> HostFacts:
+    _log.info("%s: looking at this host", name)
+    return look(
+        recipe,
+        name,
+        gpus=gpus,
+        verify_shards=verify_shards,
+        on_progress=lambda doing: _log.info("%s: %s", name, doing),
+        meanwhile=meeting.sign if meeting is not None else lambda: None,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _How:
+    timeout_s: float
+    rehearsal_s: float
+    resume: str
+    override: tuple[str, ...]
+    limits: Limits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,15 +141,13 @@ class _Agent:
     wanted: int
     named: tuple[str, ...]
     meeting: Meeting | None
-    timeout_s: float
-    rehearsal_s: float
-    limits: Limits
-    head: str = "127.0.0.1"
+    how: _How
+    head: str
 
     def lead(self, local: bool, json_file: Path | None) -> bool:
         """On the head, or alone."""
         hosts, slots = self._gathered()
-        rows = judge_hosts(self.recipe, hosts, self.limits)
+        rows = judge_hosts(self.recipe, hosts, self.how.limits)
         go = not local and not any(row.status == "fail" for row in rows)
         port = free_port()
         reports: list[RankReport] | None = None
@@ -138,11 +160,9 @@ class _Agent:
             for place, slot in enumerate(slots, start=1):
                 reports += self._reports_of(hosts.seen[place], place, slot, deadline)
         if not local:
-            rows += judge_rehearsal(self.recipe, hosts.seen, reports, self.limits)
+            rows += judge_rehearsal(self.recipe, hosts.seen, reports, self.how.limits)
         passed = not any(row.status == "fail" for row in rows)
         show(rows, hosts.seen)
-        if json_file is not None:
-            write_whole(json_file, json.dumps(_everything(passed, rows, hosts, reports), indent=1) + "\n")
         if self.meeting is not None:
             self.meeting.tell("verdict", {"passed": passed, "rows": _ROWS.dump_python(rows, mode="json")})
             deadline = time.monotonic() + _BYE_S
@@ -151,6 +171,8 @@ class _Agent:
                     self.meeting.hear(f"bye/{slot}", max(0.0, deadline - time.monotonic()))
                 except TimeoutError:
                     continue
+        if json_file is not None:
+            write_whole(json_file, json.dumps(_everything(passed, rows, hosts, reports), indent=1) + "\n")
         return passed
 
     def follow(self) -> bool:
@@ -158,7 +180,7 @@ class _Agent:
         meeting = self.meeting
         assert meeting is not None
         meeting.check_in({"name": self.facts.name, "facts": _FACTS.dump_python(self.facts, mode="json")})
-        met = self._heard("met", self.timeout_s + _ANSWER_S)
+        met = self._heard("met", math.inf)  # the head waits for others as long as they show that they are there
         place = met["slots"].index(meeting.slot) + 1 if meeting.slot in met["slots"] else None
         if place is None:
             raise WorkFailed(f"{self.facts.name} came too late, or runs another medpretrain than the head {self.head}")
@@ -174,7 +196,7 @@ class _Agent:
         if plan["rehearse"]:
             reports = self._rehearsed(place, *plan["master"])
             meeting.tell(f"reports/{meeting.slot}", _REPORTS.dump_python(reports, mode="json"))
-        verdict = self._heard("verdict", self.rehearsal_s + patience)
+        verdict = self._heard("verdict", self.how.rehearsal_s + patience)
         meeting.tell(f"bye/{meeting.slot}", True)
         rows = _ROWS.validate_python(verdict["rows"])
         mine = [row for row in rows if row.status == "fail" and self.facts.name in row.host.split(", ")]
@@ -189,9 +211,9 @@ class _Agent:
         meeting = self.meeting
         if meeting is None:
             return Hosts((self.facts,)), []
-        came = meeting.others(
+        came, lost = meeting.others(
             self.wanted,
-            self.timeout_s,
+            self.how.timeout_s,
             lambda count: _log.info("%d of %d hosts have answered", count, self.wanted),
         )
         known: dict[int, HostFacts] = {}
@@ -220,10 +242,11 @@ class _Agent:
                         except TimeoutError:
                             clocks[one.name] = None
         names = [self.facts.name, *(one.name for one in known.values()), *foreign]
+        missing = [*(name for name in self.named if name not in names), *(name for name in lost if name not in names)]
         hosts = Hosts(
             (self.facts, *known.values()),
             self.wanted,
-            missing=tuple(name for name in self.named if name not in names),
+            missing=tuple(dict.fromkeys(missing)),
             strangers=tuple(name for name in names if self.named and name not in self.named),
             other_code=tuple(foreign),
             clocks=clocks,
@@ -240,7 +263,9 @@ class _Agent:
             nodes=self.wanted,
             processes=self.facts.processes,
             master=(master, port),
-            limit_s=self.rehearsal_s,
+            limit_s=self.how.rehearsal_s,
+            resume=self.how.resume,
+            override=self.how.override,
             failed_elsewhere=lambda: meeting is not None and meeting.knows("failed"),
             on_failure=lambda: meeting.tell("failed", self.facts.name) if meeting is not None else None,
         )
@@ -273,6 +298,21 @@ def _everything(
         "hosts": TypeAdapter(Hosts).dump_python(hosts, mode="json"),
         "reports": None if reports is None else _REPORTS.dump_python(list(reports), mode="json"),
     }
+
+
+def _refuse_unwritable(file: Path) -> None:
+    """
+    Raises:
+        UserError: after an hour of looking it could not be written.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=file.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"--json {file} cannot be written: {error.strerror or error}") from None
+    if file.is_dir():
+        raise UserError(f"--json {file} is a folder; give a file")
 
 
 def _own_name(named: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from medpretrain.preflight.facts import HostFacts
-from medpretrain.preflight.rows import Row, Status
+from medpretrain.preflight.rows import Row, Status, listed
 
 _WIDTH_OF_LOGS = 160
 _COLOURS: dict[Status, str] = {"pass": "green", "warn": "yellow", "fail": "bold red", "not measured": "dim"}
@@ -26,11 +26,16 @@ def show(rows: Sequence[Row], hosts: Sequence[HostFacts], console: Console | Non
         table.add_column(title, no_wrap=title in ("check", ""), overflow="fold")
     for row in rows:
         colour = _COLOURS[row.status]
-        words = [row.check, f"[{colour}]{row.status}[/]", escape(row.host or "all"), escape(row.figures)]
+        words = [
+            row.check,
+            f"[{colour}]{row.status}[/]",
+            escape(listed(row.host.split(", ")) if row.host else "all"),
+            escape(row.figures),
+        ]
         table.add_row(*words, escape(row.advice))
     console.print(table)
     counts = Counter(row.status for row in rows)
     said = ", ".join(f"{counts[status]} {status}" for status in _COLOURS if counts[status])
     bad = dict.fromkeys(name for row in rows if row.status == "fail" and row.host for name in row.host.split(", "))
-    named = f"; look at {', '.join(bad)}" if bad else ""
+    named = f"; look at {listed(bad, most=64)}" if bad else ""
     console.print(f"preflight of {len(hosts)} host{'s' * (len(hosts) > 1)}: {said}{escape(named)}", soft_wrap=True)

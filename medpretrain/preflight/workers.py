@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -35,12 +36,15 @@ class Work:
         recipe: as YAML.
         host: the name by which it checked in.
         agent: the pid with which they end.
+        resume, override: as of `medpretrain train`.
     """
 
     recipe: str
     host: str
     agent: int
     limit_s: float
+    resume: str = "auto"
+    override: tuple[str, ...] = ()
 
 
 def report_file(folder: Path, rank: int) -> Path:
@@ -62,6 +66,8 @@ def rehearse_here(
     processes: int,
     master: tuple[str, int],
     limit_s: float,
+    resume: str = "auto",
+    override: tuple[str, ...] = (),
     failed_elsewhere: Callable[[], bool] = lambda: False,
     on_failure: Callable[[], None] = lambda: None,
 ) -> list[RankReport]:
@@ -75,7 +81,7 @@ def rehearse_here(
     """
     with tempfile.TemporaryDirectory(prefix="medpretrain-preflight-") as temporary:
         folder = Path(temporary)
-        work = Work(dump_recipe(recipe), host, os.getpid(), limit_s)
+        work = Work(dump_recipe(recipe), host, os.getpid(), limit_s, resume, override)
         (folder / JOB_FILE).write_bytes(TypeAdapter(Work).dump_json(work))
         ranks = range(node * processes, (node + 1) * processes)
         started: list[subprocess.Popen[bytes]] = []
@@ -84,11 +90,16 @@ def rehearse_here(
                 started.append(_start(folder, rank, rank - ranks[0], processes, nodes * processes, master))
             why = _wait(started, limit_s, failed_elsewhere, on_failure)
         finally:
+            ended = [process for process in started if process.poll() is None]
+            for process in ended:
+                os.killpg(process.pid, signal.SIGKILL)
             for process in started:
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        return [_report(folder, rank, host, one, why) for rank, one in zip(ranks, started, strict=True)]
+                with contextlib.suppress(subprocess.TimeoutExpired):  # it waits in the kernel for a disk or a GPU
+                    process.wait(_GRACE_S)
+        return [
+            _report(folder, rank, host, one, why if one in ended else None)
+            for rank, one in zip(ranks, started, strict=True)
+        ]
 
 
 def _start(
@@ -155,7 +166,7 @@ def _report(folder: Path, rank: int, host: str, process: subprocess.Popen[bytes]
     code = process.returncode
     if report.error is not None or code == 0:
         return report
-    if code == -signal.SIGKILL and why is not None:
+    if why is not None:
         if why == "another":
             return replace(report, error=f"ended at {report.stage}: another process failed", consequence=True)
         return replace(report, error=f"{report.stage} {why}")

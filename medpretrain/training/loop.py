@@ -21,7 +21,7 @@ from medpretrain.data.mixture import Mixture
 from medpretrain.data.order import InOrder, SampleSequence
 from medpretrain.data.views import View
 from medpretrain.health.preemption import Preemption
-from medpretrain.health.restarts import refuse_no_progress
+from medpretrain.health.restarts import going_on, refuse_no_progress
 from medpretrain.health.watchdog import Watchdog
 from medpretrain.methods import method_class
 from medpretrain.methods.base import TrainingSet
@@ -96,7 +96,8 @@ def train(recipe: Recipe, resume: str | Path = "auto", override: Collection[str]
         there = process.agreed(run.exists)
         if there:
             process.agreed(lambda: _hold(run, stack))
-        found = start_from(run, target, str(resume), about, recipe, override, process)
+        now = process.agreed(lambda: going_on(run, str(resume)))
+        found = start_from(run, target, now, about, recipe, override, process)
         step = 0
         if found is not None:
             load(found, trainer.parts(), process)
@@ -111,7 +112,7 @@ def train(recipe: Recipe, resume: str | Path = "auto", override: Collection[str]
             if not there:
                 run.mkdir(parents=True, exist_ok=True)
                 _hold(run, stack)
-            refuse_no_progress(run, step, recipe.faults.restarts)
+            refuse_no_progress(run, step, recipe.faults.restarts, str(resume))
             (run / RECIPE_FILE).write_text(about.recipe)
 
         process.agreed(open_folder)

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from data_prep.errors import UserError, nearest
 from medpretrain.checkpoints import CheckpointInfo, Found, Target, aside_later, at, newest, open_target
@@ -17,6 +18,7 @@ from medpretrain.recipe_file import read_recipe
 from medpretrain.training.process import Process
 
 RECIPE_FILE = "recipe.yaml"
+_LOCK = ".lock"
 
 _log = logging.getLogger(__name__)
 
@@ -38,12 +40,27 @@ def only_writer(run: Path) -> Iterator[None]:
     Raises:
         UserError: another process holds it.
     """
-    with (run / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is training in {run}") from None
+    with (run / _LOCK).open("w") as lock:
+        _hold(lock, run)
         yield
+
+
+def refuse_second_writer(run: Path) -> None:
+    """The same, for one that is not to write yet.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    if (run / _LOCK).is_file():
+        with (run / _LOCK).open() as lock:
+            _hold(lock, run)
+
+
+def _hold(lock: TextIO, run: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another process is training in {run}") from None
 
 
 def start_from(
@@ -66,20 +83,8 @@ def start_from(
     Raises:
         UserError: no such checkpoint, none that is whole, or one of another recipe or dataset.
     """
-    for key in override:
-        if not key.startswith(OVERRIDABLE) or key == "optim.name":
-            raise UserError(f"--override {key}: what may differ is {', '.join(OVERRIDABLE)}{nearest(key, OVERRIDABLE)}")
-    if resume in ("auto", "never"):
-        kept = own.agreed(target.names)
-        if kept and resume == "never":
-            raise UserError(
-                f"{run} has checkpoints already and --resume never would train over them; set another run.dir"
-            )
-        found = newest(target, own, aside=True) if kept else None
-        if kept and found is None:
-            raise UserError(f"none of the checkpoints in {target} is whole; to start anew give another run.dir")
-    else:
-        found = _asked_for(resume, own)
+    refuse_overrides(override)
+    found = chosen(run, target, resume, own, aside=True)
     if found is not None:
         refuse_other(recipe, found, about, override)
         if resume != "auto":  # a crash must not bring the run back to later ones
@@ -92,7 +97,37 @@ def start_from(
     return found
 
 
-def _asked_for(place: str, own: Process) -> Found:
+def refuse_overrides(override: Collection[str]) -> None:
+    """Raises:
+    UserError: a key that may not differ between a run and its resumption.
+    """
+    for key in override:
+        if not key.startswith(OVERRIDABLE) or key == "optim.name":
+            raise UserError(f"--override {key}: what may differ is {', '.join(OVERRIDABLE)}{nearest(key, OVERRIDABLE)}")
+
+
+def chosen(run: Path, target: Target, resume: str, own: Process | None, *, aside: bool) -> Found | None:
+    """The checkpoint that a run goes on from, verified; a collective.
+
+    Args:
+        own: None for a process alone.
+        aside: move damaged ones above it out of the way.
+
+    Raises:
+        UserError: no such checkpoint, or none that is whole.
+    """
+    if resume not in ("auto", "never"):
+        return _asked_for(resume, own)
+    kept = target.names() if own is None else own.agreed(target.names)
+    if kept and resume == "never":
+        raise UserError(f"{run} has checkpoints already and --resume never would train over them; set another run.dir")
+    found = newest(target, own, aside=aside) if kept else None
+    if kept and found is None:
+        raise UserError(f"none of the checkpoints in {target} is whole; to start anew give another run.dir")
+    return found
+
+
+def _asked_for(place: str, own: Process | None) -> Found:
     if not (Path(place) / RECIPE_FILE).is_file():
         if Path(place).is_dir() and step_of(Path(place).name) is None:
             raise UserError(f"{place} is neither a run nor a checkpoint")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 
@@ -156,3 +157,43 @@ def test_other_code_of_the_same_version_has_another_hash(tmp_path, monkeypatch):
 def test_a_password_of_the_tracker_is_no_fact(recipe):
     found = facts.look(recipe("tracking.uri='https://me:secret@server'"), "a", gpus=1, verify_shards=0)
     assert "secret" not in repr(found)
+
+
+def test_a_file_system_that_does_not_answer_is_given_up_and_said(recipe, tmp_path, small_dataset):
+    """As one whose server is away: whoever opens a file stands still."""
+    stuck = tmp_path / "stuck"
+    stuck.mkdir()
+    os.mkfifo(stuck / "dataset.json")
+    signs = []
+    paths = f"data.path=[{stuck},{small_dataset}]"
+    found = facts.look(recipe(paths), "a", gpus=1, verify_shards=0, stuck_s=1.5, meanwhile=lambda: signs.append(1))
+    assert found.datasets[0].problem == f"{stuck} gives no answer for 2 s: is the server of its file system away?"
+    assert found.datasets[1].problem is None
+    assert signs, "that it waits can be seen by others"
+
+
+def test_a_gpu_that_cannot_be_looked_at_is_a_finding(monkeypatch, recipe):
+    def broken(number):
+        raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.get_device_properties", broken)
+    found = facts.look(recipe("device=auto"), "a", gpus=2, verify_shards=0)
+    assert (found.gpus, found.gpu_problem) == ((), "CUDA error: uncorrectable ECC error encountered")
+
+
+@pytest.mark.parametrize(
+    ("line", "folder", "name"),
+    [
+        ("0::/system.slice/slurmstepd.scope/job_7/step_0", "system.slice/slurmstepd.scope/job_7", "memory.max"),
+        ("4:memory:/slurm/uid_0/job_7", "memory/slurm/uid_0/job_7", "memory.limit_in_bytes"),
+    ],
+)
+def test_the_memory_of_a_job_is_less_than_the_hosts(monkeypatch, tmp_path, line, folder, name):
+    (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / folder / name).write_text("123456789\n")
+    (tmp_path / "cgroup").write_text(f"1:cpu:/x\n{line}\n")
+    monkeypatch.setattr(facts, "_CGROUP", tmp_path)
+    monkeypatch.setattr(facts, "_OWN_CGROUPS", tmp_path / "cgroup")
+    assert facts._memory() == 123456789

@@ -11,6 +11,7 @@ from medpretrain.preflight.facts import PACKAGES, Gpu, HostFacts
 from medpretrain.preflight.judge import Clock, Hosts, judge
 from medpretrain.preflight.judge_rehearsal import kept
 from medpretrain.preflight.report import Link, Moved, RankReport, Rehearsed
+from medpretrain.preflight.table import show
 from medpretrain.preflight.target import TargetSeen
 from medpretrain.recipe import Recipe, flatten
 
@@ -32,11 +33,13 @@ STEPS = Rehearsed(
     wait_s=0.01,
     first_s=4.0,
     decode_images_s=400.0,
+    resident_bytes=8 * GB,
     peak_bytes=40 * GB,
     device_bytes=80 * GB,
     checkpoint_bytes=GB,
     gradient_bytes=GB,
     steps=10_000,
+    done=0,
     not_finite=0,
     replaced=0,
     survey=0,
@@ -51,10 +54,12 @@ def host(name, **changes):
         code="c0de" * 16,
         recipe=dict(flatten(RECIPE.resolved())),
         gpus=(Gpu("H100", 80 * GB),) * 2,
+        gpu_problem=None,
         driver="570.86",
         cores=16,
         memory=128 * GB,
         shared_memory=64 * GB,
+        network=name,
         gloo_address=f"10.0.0.{name[1:]}" if name[1:].isdigit() else "10.0.0.1",
         interfaces=("eth0",),
         target=TargetSeen("run/checkpoints", free=1000 * GB, write_bytes_s=GB),
@@ -206,6 +211,7 @@ def test_fewer_gpus_other_gpus_and_none():
     one(table(several(3, n1=fewer)), "GPUs", "fail", "n1", "1 x H100 (75 GiB), 1 process, elsewhere 2 x H100")
     one(table(several(3, n2={"gpus": (Gpu("A100", 80 * GB),) * 2})), "GPUs", "fail", "n2", "A100")
     one(table(several(3, n2={"gpus": (Gpu("H100", 40 * GB),) * 2})), "GPUs", "fail", "n2", "37 GiB")
+    assert not bad(table(several(3, n2={"gpus": (Gpu("H100", 80 * GB),) * 8}))), "two of eight train, as elsewhere"
     without = several(1, n0={"gpus": (), "processes": 1, "driver": None})
     one(table(without), "GPUs", "warn", "", "no GPU, 1 process: device=auto trains on the CPU")
     assert not bad(table(without, recipe=RECIPE.model_copy(update={"device": "cpu"})))
@@ -216,6 +222,21 @@ def test_fewer_gpus_other_gpus_and_none():
 def test_a_torch_that_does_not_see_the_gpus_of_the_driver():
     row = one(table(several(1, n0={"gpus": ()})), "GPUs", "fail", "n0", "torch sees no GPU though there is driver 570")
     assert "CUDA_VISIBLE_DEVICES" in row.advice
+
+
+def test_a_gpu_that_torch_cannot_look_at():
+    broken = {"gpus": (), "gpu_problem": "CUDA error: uncorrectable ECC error"}
+    one(table(several(3, n1=broken)), "GPUs", "fail", "n1", "torch cannot look at them: CUDA error: uncorrectable ECC")
+
+
+def test_every_host_is_named_in_full_and_shown_in_short(capsys):
+    found = table(several(20, **{f"n{place}": {"code": "0" * 64} for place in range(9)}))
+    (row,) = found["code"]
+    assert row.host == "n0, n1, n2, n3, n4, n5, n6, n7, n8"
+    show([row], several(20))
+    printed = capsys.readouterr().out
+    assert "and 1 more" in printed
+    assert "look at n0, n1, n2, n3, n4, n5, n6, n7, n8" in printed
 
 
 def test_more_processes_than_gpus():
@@ -236,7 +257,8 @@ def test_a_host_whose_own_name_is_loopback_to_it():
     row = one(table(several(2, n1={"gloo_address": "127.0.1.1"})), "address", "fail", "n1", "127.0.1.1")
     assert "GLOO_SOCKET_IFNAME=INTERFACE in its environment; it has eth0" in row.advice
     assert not bad(table(several(2, n1={"gloo_address": None}))), "an interface is named"
-    assert not bad(table(several(1, n0={"gloo_address": "127.0.1.1"}))), "alone, it is no matter"
+    same = {"gloo_address": "127.0.1.1", "network": "this machine's"}
+    assert not bad(table(several(2, n0=same, n1=same))), "all are one machine"
 
 
 def test_little_shared_memory():
@@ -323,7 +345,11 @@ def _of_batch(images):
 def test_communication_that_takes_longer_than_computing():
     slow = {"all_reduce": Moved(GB, 10.0, 2 * GB)}
     row = one(
-        table(several(2), reports(2, rank0=slow)), "communication", "warn", "", "1.0 GB of gradients take 750.0 ms"
+        table(several(2), reports(2, rank0=slow)),
+        "communication",
+        "warn",
+        "n0, n1",
+        "1.0 GB of gradients take 750.0 ms",
     )
     assert "500.0 ms" in row.figures
 
@@ -361,10 +387,14 @@ def test_steps_that_are_not_finite_and_images_that_do_not_decode():
 
 def test_memory_that_is_nearly_full():
     found = table(several(2), reports(2, rank2={"peak_bytes": 79 * GB}))
-    assert "micro_batches" in one(found, "memory", "warn", "n1", "79.0 GB of 80.0 GB").advice
-    on_cpu = {"device_bytes": None, "peak_bytes": 60 * GB}
+    assert "micro_batches" in one(found, "memory", "warn", "n1", "79.0 GB of 80.0 GB of a GPU").advice
+    on_cpu = {"device_bytes": None, "peak_bytes": None, "resident_bytes": 60 * GB}
     both = reports(1, rank0=dict(on_cpu), rank1=dict(on_cpu))
-    one(table(several(1), both), "memory", "warn", "n0", "120.0 GB of 128.0 GB")
+    one(table(several(1), both), "memory", "warn", "n0", "122.0 GB of 128.0 GB of a host")
+    on_gpu = reports(2, rank1={"resident_bytes": 120 * GB})
+    one(
+        table(several(2), on_gpu), "memory", "warn", "n0", "130.0 GB of 128.0 GB of a host"
+    )  # checkpoints are copied there
 
 
 def test_data_that_come_slower_than_they_are_trained_on():
@@ -379,6 +409,11 @@ def test_a_disk_without_room_for_the_checkpoints():
     one(found, "checkpoint room", "fail", "n1", "4 at a time 16.0 GB", "has 10.0 GB free")
     resumed = {"target": TargetSeen("run/checkpoints", free=10 * GB, there=3, write_bytes_s=GB)}
     assert not bad(table(several(2, n1=resumed), reports(2)))  # three of the four are there
+
+
+def test_a_run_that_goes_on_takes_the_time_that_is_left():
+    found = table(several(1), reports(1, rank0={"done": 9000}))
+    assert found["total time"][0].figures == "510.0 s for the last 1,000 of 10,000 steps of 510.0 ms"
 
 
 def test_checkpoints_that_take_longer_than_the_steps_between_them():

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -10,6 +14,7 @@ import pytest
 
 from data_prep.errors import UserError, WorkFailed
 from launchers.head import Head
+from medpretrain.preflight import meeting
 from medpretrain.preflight.meeting import meet
 
 
@@ -36,7 +41,7 @@ def test_whoever_has_the_address_hosts_and_the_next_on_the_same_machine_joins(bo
     head, other = both
     assert (head.leads, other.leads, other.slot) == (True, False, 1)
     other.check_in({"name": "b", "facts": [1, None, "x"]})
-    assert head.others(2, 10, lambda count: None) == {1: {"name": "b", "facts": [1, None, "x"]}}
+    assert head.others(2, 10, lambda count: None) == ({1: {"name": "b", "facts": [1, None, "x"]}}, [])
     head.tell("met", True)
     assert other.hear("met", 10) is True
 
@@ -45,8 +50,64 @@ def test_those_that_came_are_known_though_others_did_not(both):
     head, other = both
     other.check_in({"name": "b"})
     began = time.monotonic()
-    assert list(head.others(3, 0.5, lambda count: None)) == [1]
+    assert list(head.others(3, 0.5, lambda count: None)[0]) == [1]
     assert time.monotonic() - began < 10
+
+
+def test_a_host_that_came_and_still_looks_at_itself_is_waited_for(both):
+    head, other = both
+
+    def look():
+        for _ in range(4):
+            time.sleep(0.4)
+            other.sign()
+        other.check_in({"name": "b"})
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    found, lost = head.others(2, 0.5, lambda count: None)
+    thread.join()
+    assert (list(found), lost) == ([1], [])
+
+
+def test_a_host_that_came_and_was_lost_is_named(both, monkeypatch):
+    monkeypatch.setattr(meeting, "SILENT_S", 1.0)
+    assert both[0].others(2, 0.5, lambda count: None) == ({}, ["b"])
+
+
+def test_a_head_that_falls_silent_is_lost_and_not_waited_for_without_end(monkeypatch, address):
+    """As after a power cut: its connections stay, and nothing comes."""
+    monkeypatch.setattr(meeting, "SILENT_S", 2.0)
+    script = f"""
+import time
+from launchers.head import Head
+from medpretrain.preflight import meeting
+from medpretrain.preflight.meeting import meet
+kept = meet(Head({address.host!r}, {address.port}), "a", 2, 60)
+print("listens", flush=True)
+time.sleep(120)
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as head:
+        try:
+            assert head.stdout.readline() == "listens\n"
+            other = meet(address, "b", 2, 20)
+            other.sign()
+            head.send_signal(signal.SIGSTOP)
+            began = time.monotonic()
+            with pytest.raises(WorkFailed, match=r"b has lost the head .* \(it gave no answer for 2 s\)"):
+                other.hear("met", math.inf)
+            assert time.monotonic() - began < 20
+        finally:
+            head.kill()
+
+
+def test_a_stranger_on_the_heads_port_is_not_waited_for_without_end(monkeypatch):
+    monkeypatch.setattr(meeting, "SILENT_S", 1.0)
+    monkeypatch.setattr(meeting, "_listen", lambda head: None)
+    with socket.create_server(("127.0.0.1", 0)) as stranger:
+        where = Head("127.0.0.1", stranger.getsockname()[1])
+        with pytest.raises(WorkFailed, match="is no head of a preflight: it says nothing for 1 s; take another port"):
+            meet(where, "b", 2, 20)
 
 
 def test_one_host_too_many_is_told_so(both, address):

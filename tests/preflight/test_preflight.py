@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.errors import UserError
+from medpretrain.preflight import workers
 from medpretrain.preflight.rehearsal import take_part
 from medpretrain.preflight.run import _own_name, preflight
 from medpretrain.preflight.workers import Work, report_file
@@ -65,7 +67,7 @@ def test_two_processes_rehearse_what_training_then_does(recipe, tmp_path, capsys
         steps = one["rehearsed"]
         assert (steps["images"], steps["steps"], steps["not_finite"], steps["replaced"]) == (4, 30, 0, 0)
         assert 0 < steps["step_s"] < steps["first_s"] + steps["step_s"]
-        assert steps["peak_bytes"] > 50e6
+        assert steps["resident_bytes"] > 50e6
     # What a checkpoint takes is what a run then writes, but for the header of a second file.
     finished = train(recipe("train.steps=1", "data.trace=false"))
     written = sum(file.stat().st_size for file in Path(finished.checkpoint).glob("*.safetensors"))
@@ -82,6 +84,63 @@ def test_what_training_would_refuse_is_reported_in_its_words(recipe, tmp_path, m
     assert "there is no label 'klass'" in told["error"]
     assert not told["consequence"]
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_goes_on_is_checked_as_train_would(recipe, tmp_path):
+    run, out = tmp_path / "run", tmp_path / "preflight.json"
+    train(recipe("train.steps=20", "data.trace=false"))
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+
+    def failure(*overrides, **options):
+        passed = preflight(recipe(*overrides), gpus=1, json_file=out, **options)
+        (row,) = (row for row in json.loads(out.read_text())["rows"] if row["check"] == "rehearsal")
+        assert passed == (row["status"] == "pass")
+        return row["figures"] if not passed else None
+
+    assert failure("optim.lr=0.5") is not None
+    assert "is of another recipe: " in failure("optim.lr=0.5", "train.steps=30")
+    assert "optim.lr was 0.01 and is 0.5" in failure("optim.lr=0.5", override=("train.steps",))
+    assert failure("optim.lr=0.5", override=("train.steps", "optim.lr")) is None
+    (total,) = (row for row in json.loads(out.read_text())["rows"] if row["check"] == "total time")
+    assert "for the last 10 of 30 steps" in total["figures"]
+    assert "has checkpoints already and --resume never" in failure(resume="never")
+    with (run / ".lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert f"another process is training in {run}" in failure(override=("train.steps",))
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before, "nothing is touched"
+
+
+def test_a_folder_of_something_else_is_found(recipe, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").touch()
+    out = tmp_path / "preflight.json"
+    assert not preflight(recipe(), gpus=1, json_file=out)
+    (row,) = (row for row in json.loads(out.read_text())["rows"] if row["status"] == "fail")
+    assert "holds something that is not a run; give another folder" in row["figures"]
+
+
+def test_a_process_that_was_killed_is_the_cause_and_not_those_that_are_ended_for_it(monkeypatch, recipe, tmp_path):
+    """The first is what the kernel does when memory is short; the others hang until they are ended."""
+    monkeypatch.setattr(workers, "_GRACE_S", 1.0)
+
+    def stand_in(folder, rank, *where):
+        end = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)" if rank == 1 else "import time; time.sleep(99)"
+        return subprocess.Popen([sys.executable, "-c", end], start_new_session=True)
+
+    monkeypatch.setattr(workers, "_start", stand_in)
+    monkeypatch.setattr(workers, "_log", lambda folder, rank: Path(os.devnull))
+    told = workers.rehearse_here(
+        recipe(), host="a", node=0, nodes=1, processes=2, master=("127.0.0.1", 1), limit_s=60.0
+    )
+    assert [one.consequence for one in told] == [True, False]
+    assert "was ended by SIGKILL (out of memory?)" in told[1].error
+
+
+def test_a_table_that_could_not_be_written_is_refused_before_anything_is_looked_at(recipe, tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file" / "table.json", tmp_path):
+        with pytest.raises(UserError, match="--json "):
+            preflight(recipe(), json_file=path)
 
 
 def test_a_rehearsal_that_takes_too_long_is_ended(recipe, tmp_path):
