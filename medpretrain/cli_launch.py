@@ -174,7 +174,7 @@ def slurm(
     folder = by_deepspeed.launch_folder(job.run_dir).absolute()
     log = folder / "slurm-%j.out"
     script = by_slurm.train_script(job, found, request, log, preflight=preflight)
-    _submit(script, folder / "job.sbatch", log, request, follow, dry_run)
+    _submit(script, folder / "job.sbatch", log, request, follow, dry_run, again=resume == "auto")
 
 
 @app.command()
@@ -333,7 +333,13 @@ def _run(gates: list[Command], train: Command, dry_run: bool) -> None:
     train.become()
 
 
-def _submit(script: str, path: Path, log: Path, request: by_slurm.Request, follow: bool, dry_run: bool) -> None:
+def _submit(
+    script: str, path: Path, log: Path, request: by_slurm.Request, follow: bool, dry_run: bool, *, again: bool = True
+) -> None:
+    """
+    Args:
+        again: whether the same script goes on with the run; one with `--resume` begins where it says.
+    """
     if dry_run:
         # sbatch takes a folder for the log that is not there, and the job then fails without a word.
         typer.echo(f"# mkdir -p {shlex.quote(str(path.parent))} && sbatch {shlex.quote(str(path))}")
@@ -347,7 +353,8 @@ def _submit(script: str, path: Path, log: Path, request: by_slurm.Request, follo
     typer.echo(f"job {job.number}: {path}")
     typer.echo(f"log: {job.log}")
     typer.echo(f"stop: scancel {job.number}")
-    typer.echo(f"resume: sbatch {shlex.quote(str(path))}")
+    resume = f"sbatch {shlex.quote(str(path))}" if again else "the same command without --resume"
+    typer.echo(f"resume: {resume}")
     if not follow:
         return
     try:
@@ -356,7 +363,7 @@ def _submit(script: str, path: Path, log: Path, request: by_slurm.Request, follo
         typer.echo(f"\njob {job.number} goes on; stop it with: scancel {job.number}")
         return
     if state != "COMPLETED":
-        raise WorkFailed(f"job {job.number} ended as {state}; {job.log} says why. Resume: sbatch {path}")
+        raise WorkFailed(f"job {job.number} ended as {state}; {job.log} says why. Resume: {resume}")
 
 
 def _create(manifests: list[Manifest], site: Site, dry_run: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import secrets
@@ -19,7 +20,7 @@ from medpretrain.recipe import Recipe
 _PIECE = 4 << 20
 _MOST = 64 << 20  # bytes written to measure
 _MOST_S = 2.0
-_OBJECT = 1 << 20
+_SMALL_OBJECT = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -114,16 +115,29 @@ def _object_store(url: str) -> TargetSeen:
     try:
         there = len({path.partition("/")[0] for path in store.names() if path.startswith("step-")})
         with store.scratch() as folder:
-            (folder / name).write_bytes(secrets.token_bytes(_OBJECT))
-            began = time.perf_counter()
-            try:
-                store.add(folder / name, name)
-            finally:
-                took = time.perf_counter() - began
-                store.remove(name)
+            size = _SMALL_OBJECT
+            took = _put(store, folder / name, size)
+            if took < _MOST_S / 4:  # that was the way there and back; what is large tells how fast it is
+                size = _MOST
+                took = _put(store, folder / name, size)
     except (UserError, WorkFailed, OSError) as error:
         return TargetSeen(url, problem=" ".join(str(error).split()))
-    return TargetSeen(url, None, there, _OBJECT / took)
+    return TargetSeen(url, None, there, size / took)
+
+
+def _put(store: UrlStore, file: Path, size: int) -> float:
+    """Seconds until an object is there, which goes again."""
+    file.write_bytes(secrets.token_bytes(size))
+    began = time.perf_counter()
+    try:
+        store.add(file, file.name)
+    except (WorkFailed, OSError):
+        with contextlib.suppress(WorkFailed, OSError):  # the first error is the one to tell
+            store.remove(file.name)
+        raise
+    took = time.perf_counter() - began
+    store.remove(file.name)
+    return took
 
 
 def _existing(folder: Path) -> Path:

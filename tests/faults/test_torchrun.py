@@ -101,8 +101,9 @@ def test_a_run_signalled_again_and_again_commits_each_time_and_ends_like_an_undi
 
 
 def test_a_killed_worker_comes_back_by_itself_and_goes_on_from_the_last_commit(whole, runs, tmp_path):
+    """Also where the launch was asked to begin anew: a restart has the same words."""
     run = tmp_path / "run"
-    arguments = (f"run.dir={run}", f"train.steps={STEPS}")
+    arguments = (f"run.dir={run}", f"train.steps={STEPS}", "--resume", "never")
     agent = runs.torchrun(*arguments, flags=(*TWO, "--max-restarts=3"), faults=[PACE])
     runs.wait(lambda: bool(committed(run)) and steps(run)[-1] >= 8, [agent])
     os.kill(workers_of(agent)[1], signal.SIGKILL)

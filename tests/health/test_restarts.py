@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from medpretrain.health import last_words
-from medpretrain.health.restarts import NoProgress, refuse_no_progress
+from medpretrain.health.restarts import NoProgress, going_on, refuse_no_progress
 
 
 @pytest.fixture
@@ -53,6 +53,18 @@ def test_what_is_known_of_the_causes_is_said(started, tmp_path):
         last_words.append_row(tmp_path / "failures.jsonl", row)
     with pytest.raises(NoProgress, match=r"from step 2 .*rank 1 on node7: out of GPU memory \(3 x\).* by hand"):
         refuse_no_progress(tmp_path, 2, limit=3)
+
+
+@pytest.mark.parametrize("asked", ["never", "/other/run"])
+def test_what_was_asked_for_is_for_the_first_start_of_a_launch(tmp_path, monkeypatch, asked):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert going_on(tmp_path, asked) == asked, "the first start did not get so far"
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+    refuse_no_progress(tmp_path, 0, limit=3, resume=asked)
+    assert going_on(tmp_path, asked) == asked, "somebody asks for it again"
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert going_on(tmp_path, asked) == "auto"
+    assert going_on(tmp_path, "/another") == "/another"
 
 
 @pytest.mark.distributed

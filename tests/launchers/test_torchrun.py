@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -30,6 +31,22 @@ def test_several_hosts_meet_at_the_head_with_what_survives_a_loss(job):
     assert words[-5:] == ["-m", "medpretrain", *job.train][-5:]
     assert command.environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
     assert int(command.environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) >= 300, "a checkpoint takes longer than 30 s"
+
+
+def test_others_are_told_an_address_and_not_a_name(job):
+    """A name may be unknown to them. That of hosts with addresses is shown in tests/cluster."""
+
+    def told(host):
+        words = torchrun.train(job, Site(), nodes=Nodes(2, 2), gpus=8, head=Head(host, torchrun.PORT)).words
+        return [word for word in words if word.startswith("--local-addr=")]
+
+    assert not told("127.0.0.1")
+    assert not told("nowhere.invalid")
+    try:
+        own = next(where[0] for *_, where in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET))
+    except OSError:
+        own = "127.0.0.1"
+    assert told(own) == ([] if own.startswith("127.") else [f"--local-addr={own}"])
 
 
 def test_torchrun_itself_takes_these_words(job):
