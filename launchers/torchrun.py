@@ -20,6 +20,9 @@ PORT = 29400
 SHUTDOWN_S = 600
 """How long workers that were asked to leave may write their checkpoint; torchrun's own is 30 s."""
 
+END_AGENT = "MEDPRETRAIN_END_AGENT"
+"""A variable that lets a process end its torchrun where a restart would come to the same."""
+
 # Without it a restarted worker waits for ever for a store that its agent shares no more, and a node cannot come back.
 SURVIVE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_S)}
 SIGNALS = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
@@ -55,7 +58,7 @@ class Nodes:
 
 def environment(site: Site) -> dict[str, str]:
     """What every process is given; variables that are set already win, but for the site's own."""
-    defaults = {**SURVIVE, "OMP_NUM_THREADS": "1"}
+    defaults = {**SURVIVE, END_AGENT: "1", "OMP_NUM_THREADS": "1"}
     return {name: value for name, value in defaults.items() if name not in os.environ} | site.environment
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import socket
 import sys
 import time
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from data_prep.errors import UserError, WorkFailed
+from launchers.torchrun import END_AGENT
 from medpretrain.health.exits import Exit
 from medpretrain.tracking.redaction import redact
 
@@ -87,6 +89,7 @@ def end(error: BaseException) -> NoReturn:
         raise error
     cause = of(error)
     say(cause)
+    _spare_restarts(cause.code)
     if _world() > 1:
         # Others of this host say the same for a moment; and torchrun must see the end of the rank that is the cause
         # before that of a rank that lost it, for it ends the others and names the first.
@@ -96,6 +99,13 @@ def end(error: BaseException) -> NoReturn:
         sys.stdout.flush()
         os._exit(cause.code)
     sys.exit(cause.code)
+
+
+def _spare_restarts(code: int) -> None:
+    """End the torchrun that `medpretrain launch` started where a restart would come to the same: it knows no exit code
+    after which it does not start its processes again."""
+    if code in (Exit.USER_ERROR, Exit.NO_PROGRESS) and END_AGENT in os.environ and os.getppid() != 1:
+        os.kill(os.getppid(), signal.SIGTERM)
 
 
 def say(cause: Cause) -> None:

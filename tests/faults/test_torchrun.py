@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from launchers.torchrun import END_AGENT
 from tests.faults.running import (
     DEADLINE_S,
     Runs,
@@ -112,6 +113,14 @@ def test_a_killed_worker_comes_back_by_itself_and_goes_on_from_the_last_commit(w
     first, second = rows(run / "starts.jsonl")
     assert (first["restart"], second["restart"], second["world"]) == (0, 1, 2)
     assert second["step"] >= 5, "from a committed step"
+
+
+def test_what_would_fail_again_spares_a_launched_torchrun_its_restarts(runs, tmp_path, monkeypatch):
+    monkeypatch.setenv(END_AGENT, "1")
+    flags = (*TWO, "--max-restarts=50")
+    agent = runs.torchrun(f"run.dir={tmp_path / 'run'}", "data.path=nowhere", flags=flags)
+    assert runs.end([agent], timeout=DEADLINE_S) == [1]
+    assert runs.said(agent).count("nowhere is no prepared dataset") == 1, "said once, and not started again"
 
 
 def test_restarts_that_get_no_further_end_with_what_stopped_them(runs, tmp_path):
