@@ -211,7 +211,7 @@ def write_recipe(folder: Path, dataset: Path, method: str, strategy: str) -> Pat
 
 
 def bytes_row(method: str, strategy: str, recipe: Path, folder: Path, world: int) -> dict[str, Any]:
-    """Counted bytes of a rank beside the theoretical minimum, and what the model says of gloo."""
+    """Counted bytes of a rank beside the theoretical minimum, and what the model says."""
     from scaling_model import least_bytes, shapes, step_bytes
 
     from medpretrain.recipe_file import load_recipe
@@ -221,7 +221,7 @@ def bytes_row(method: str, strategy: str, recipe: Path, folder: Path, world: int
     step = shapes(loaded, IMAGES).exchanges(
         world, strategy=STRATEGIES[strategy], zero_stage=loaded.train.zero_stage, gloo=True
     )
-    mean, least, model = sum(found.bytes) / world, least_bytes(step, world), step_bytes(step, world, gloo=True)
+    mean, least, model = sum(found.bytes) / world, least_bytes(step, world), step_bytes(step, world)
     return {
         "method": method,
         "strategy": strategy,
@@ -230,7 +230,6 @@ def bytes_row(method: str, strategy: str, recipe: Path, folder: Path, world: int
         "most_of_a_rank": max(found.bytes),
         "least": least,
         "model": model,
-        "nccl": step_bytes(step, world),
         "above_least": mean / least - 1,
         "off_model": mean / model - 1,
         "seconds": found.seconds,
@@ -268,14 +267,14 @@ def markdown(counted: list[dict[str, Any]], timed: list[dict[str, Any]], about: 
     lines = [
         f"# Weak scaling\n\n{about}\n",
         "Megabytes that a rank sends in a step, headers and acknowledgements included. `least` is what the best "
-        "algorithm would send, `model` what this strategy and gloo are expected to, `NCCL` the same on GPUs.\n",
-        "| method | strategy | processes | counted | least | above least | model | off the model | NCCL |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "algorithm would send, `model` what this strategy is expected to.\n",
+        "| method | strategy | processes | counted | least | above least | model | off the model |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in counted:
         cells = [f"`{row['method']}`", row["strategy"], str(row["processes"]), f"{row['counted'] / 1e6:.2f}"]
         cells += [f"{row['least'] / 1e6:.2f}", f"{row['above_least']:+.1%}", f"{row['model'] / 1e6:.2f}"]
-        lines.append("| " + " | ".join([*cells, f"{row['off_model']:+.1%}", f"{row['nccl'] / 1e6:.2f}"]) + " |")
+        lines.append("| " + " | ".join([*cells, f"{row['off_model']:+.1%}"]) + " |")
     lines += [
         "\nSeconds of a step on slow links.\n",
         "| method | strategy | processes | Mbit/s | compute, s | model, s | measured, s | off the model |",

@@ -1,4 +1,4 @@
-"""The only place where embeddings cross ranks."""
+"""The only place where embeddings cross ranks, and the reduce-scatter that their gradients come home by."""
 
 from __future__ import annotations
 
@@ -13,6 +13,20 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def reduce_scatter(own: Tensor, whole: Tensor, group: dist.ProcessGroup | None = None) -> None:
+    """Fill `own` with this rank's part of the sum over ranks of `whole`; both contiguous, the same bits each time.
+
+    Gloo would sum everything to every rank and keep a part, twice the bytes: there ranks send each other the parts and
+    sum their own.
+    """
+    if dist.get_backend(group) != "gloo":
+        dist.reduce_scatter_tensor(own, whole, group=group)
+        return
+    parts = torch.empty_like(whole)
+    dist.all_to_all_single(parts, whole, group=group)
+    torch.sum(parts.view(-1, *own.shape), dim=0, out=own)
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -25,7 +39,7 @@ class _Gather(torch.autograd.Function):
         (grad,) = grads
         # Every rank's loss reaches every row; each rank needs the sum for its own rows alone.
         own = grad.new_empty(len(grad) // dist.get_world_size(), *grad.shape[1:])
-        dist.reduce_scatter_tensor(own, grad.contiguous())
+        reduce_scatter(own, grad.contiguous())
         return own
 
 

@@ -73,12 +73,9 @@ class Exchange:
         needed = sum(self.pieces) if self.needed is None else self.needed
         return _TRAVERSALS[self.kind] * needed * (world - 1) / world
 
-    def sent(self, world: int, *, gloo: bool = False) -> float:
-        """Bytes that each rank does send. Gloo's reduce-scatter is an all-reduce of which a part is kept."""
-        done = self.done_as or self.kind
-        if gloo and done == "reduce_scatter":
-            done = "all_reduce"
-        return _TRAVERSALS[done] * sum(self.pieces) * (world - 1) / world
+    def sent(self, world: int) -> float:
+        """Bytes that each rank does send."""
+        return _TRAVERSALS[self.done_as or self.kind] * sum(self.pieces) * (world - 1) / world
 
 
 @dataclass(frozen=True)
@@ -115,8 +112,7 @@ class Cluster:
         tree = done == "all_reduce" and not gloo
         hops = math.ceil(math.log2(self.nodes)) if tree else self.nodes - 1
         a_round = hops * self.latency_between + (self.gpus - 1) * self.latency_within
-        traversals = 2 if gloo and done == "reduce_scatter" else _TRAVERSALS[done]
-        return [traversals * (piece * a_byte + a_round) for piece in exchange.pieces]
+        return [_TRAVERSALS[done] * (piece * a_byte + a_round) for piece in exchange.pieces]
 
 
 def step_exchanges(
@@ -260,9 +256,9 @@ def _batch_norm(networks: Sequence[Network], world: int, micro_batches: int, glo
     ]
 
 
-def step_bytes(exchanges: Iterable[Exchange], world: int, *, gloo: bool = False) -> float:
+def step_bytes(exchanges: Iterable[Exchange], world: int) -> float:
     """Bytes that each of `world` ranks sends in a step."""
-    return sum(one.sent(world, gloo=gloo) for one in exchanges)
+    return sum(one.sent(world) for one in exchanges)
 
 
 def least_bytes(exchanges: Iterable[Exchange], world: int) -> float:

@@ -98,7 +98,7 @@ def main() -> None:
             )
             found[f"{name} {strategy}"] = {
                 "sent": sent,
-                "formula": step_bytes(step, process.world, gloo=True),
+                "formula": step_bytes(step, process.world),
                 "cut": [key for key, value in one.method.named_parameters() if isinstance(value, DTensor)],
                 "least": least_bytes(step, process.world),
             }

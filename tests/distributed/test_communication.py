@@ -44,8 +44,8 @@ def test_bytes_of_a_real_step_are_those_of_the_formula(counted, case):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("case", ["dino ddp", "simclr ddp"])
-def test_ddp_sends_no_more_than_it_must(counted, case):
+@pytest.mark.parametrize("case", ["dino ddp", "dino fsdp2", "simclr ddp"])
+def test_a_step_sends_no_more_than_it_must(counted, case):
     for rank in counted:
         assert rank[case]["sent"] < 1.05 * rank[case]["least"]
 
@@ -113,7 +113,6 @@ def test_embeddings_go_out_and_their_gradients_come_back():
     (out,) = [one for one in of("ddp", 4, gathered=50) if one.what == "embeddings"]
     (back,) = [one for one in of("ddp", 4, gathered=50) if one.what == "gradients of embeddings"]
     assert out.sent(4) == back.sent(4) == 3 * 50 * 4
-    assert back.sent(4, gloo=True) == 2 * back.sent(4)
 
 
 def test_buckets_hold_every_gradient_once():

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from medpretrain.checkpoints.parts import Part
+from medpretrain.losses.gather import reduce_scatter
 from medpretrain.methods.base import Method
 from medpretrain.models.blocks import blocks
 from medpretrain.models.ema import held
@@ -45,6 +47,10 @@ class Fsdp2(Strategy):
                         fully_shard(block, mesh=mesh, ignored_params=whole)
                     # A network of which no gradient is asked would otherwise stay whole after its forward pass.
                     fully_shard(network, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+                    if dist.get_backend(mesh.get_group()) == "gloo":
+                        for module in network.modules():
+                            if isinstance(module, FSDPModule):
+                                module.set_custom_reduce_scatter(_GlooReduceScatter())  # type: ignore[arg-type]
         parameters = dict(method.named_parameters())
         self._parameters = [parameters[name] for name in self.names]
         # They share their memory with the parameters.
@@ -111,6 +117,28 @@ class Fsdp2(Strategy):
                 yield Part(f"{prefix}{key}", tuple(of.shape), local.view(-1), start, copied=False)
             else:
                 yield from copied({key: local}, prefix)
+
+
+class _GlooReduceScatter:
+    """What FSDP2 calls in place of its own; torch keeps the base class of it private."""
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
+    ) -> None:
+        """Done when it returns, also with `async_op`, which FSDP2 does not ask for.
+
+        Raises:
+            ValueError: `op` is neither the sum nor the mean. FSDP2 takes the mean of float32 and bf16, and divides
+                others before and after their sum.
+        """
+        if op not in (dist.ReduceOp.SUM, dist.ReduceOp.AVG):
+            raise ValueError(f"a reduce-scatter on gloo gives a sum or a mean, not {op}")
+        reduce_scatter(output_tensor, input_tensor, group)
+        if op == dist.ReduceOp.AVG:
+            output_tensor /= group.size()
 
 
 def _networks(module: nn.Module) -> Iterator[nn.Module]:
