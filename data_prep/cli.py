@@ -13,15 +13,23 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from data_prep.cli_prepare import COMMANDS, Out, Workers
+from data_prep.cli_prepare import COMMANDS, Out, Preparation, Workers
 from data_prep.dataset import Dataset
 from data_prep.dicom.pseudonyms import write_key
 from data_prep.progress import progress
 from data_prep.stats import stats
 from data_prep.verify import verify
 
-app = typer.Typer(help="Turn images into a checked, de-identified dataset of shards.", no_args_is_help=True)
 
+def _run(asked: Preparation | None) -> None:
+    """What the command gave back: those of `COMMANDS` do nothing themselves."""
+    if asked is not None:
+        asked.run()
+
+
+app = typer.Typer(
+    help="Turn images into a checked, de-identified dataset of shards.", no_args_is_help=True, result_callback=_run
+)
 
 for _name, _command in COMMANDS.items():
     app.command(_name)(_command)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -14,7 +15,7 @@ from data_prep.labels import VOCABULARIES
 from data_prep.options import SHARD_SIZE, Options, Running, parse_part
 from data_prep.pictures import RadImageNetSource, Retina
 from data_prep.plan import parse_split
-from data_prep.prepare import Kind, Summary, Unfinished, prepare
+from data_prep.prepare import Kind, Summary, Unfinished, check, prepare
 from data_prep.progress import progress
 from data_prep.retina import RetinaSettings
 
@@ -74,14 +75,30 @@ def _chosen(label_column: list[str] | None, no_labels: bool) -> list[str] | None
     return [] if no_labels else (label_column or None)
 
 
-def _prepare(kind: Kind, out: str, options: Options, part: str | None, **running: Any) -> None:
-    """Run one kind of preparation and say what came of it."""
-    with progress() as on_progress:
-        result = prepare(kind, out, options, Running(part=parse_part(part), on_progress=on_progress, **running))
-    if isinstance(result, Unfinished):
-        typer.echo(f"{result.out}: this part is done; {result.left} shards of other parts are still to be written")
-        return
-    _report(result)
+@dataclass(frozen=True)
+class Preparation:
+    """What a command line asks for; the commands below make one, so that a launcher can have it checked only."""
+
+    kind: Kind
+    out: str
+    options: Options
+    running: Running
+
+    def check(self) -> None:
+        """
+        Raises:
+            UserError: it would be refused wherever it runs.
+        """
+        check(self.out, self.options, self.running)
+
+    def run(self) -> None:
+        """Prepare, and say what came of it."""
+        with progress() as on_progress:
+            result = prepare(self.kind, self.out, self.options, replace(self.running, on_progress=on_progress))
+        if isinstance(result, Unfinished):
+            typer.echo(f"{result.out}: this part is done; {result.left} shards of other parts are still to be written")
+            return
+        _report(result)
 
 
 def images_command(
@@ -112,7 +129,7 @@ def images_command(
     private: Private = None,
     overwrite: Overwrite = False,
     append: Append = False,
-) -> None:
+) -> Preparation:
     """Pack images into shards, checked and without metadata.
 
     File names, patient ids, EXIF, comments and text chunks do not enter the dataset; burned-in text and the names of
@@ -121,8 +138,8 @@ def images_command(
     chosen = _chosen(label_column, no_labels)
     kind = Images(source, labels, chosen, patient_pattern, resize, trust_images, key_file)
     options = Options(parse_split(split), seed, shard_size, duplicates, drop_duplicates)
-    how = {"workers": workers, "cluster": cluster, "private": private, "overwrite": overwrite, "append": append}
-    _prepare(kind, out, options, part, **how)
+    running = Running(workers, None, cluster, parse_part(part), overwrite, append, private)
+    return Preparation(kind, out, options, running)
 
 
 def dicom_command(
@@ -157,7 +174,7 @@ def dicom_command(
     private: Private = None,
     overwrite: Overwrite = False,
     append: Append = False,
-) -> None:
+) -> Preparation:
     """De-identify a PACS export and pack its images into shards.
 
     Pixels and a short list of attributes leave, nothing else; patients, studies, series and instances become keyed
@@ -170,8 +187,8 @@ def dicom_command(
         raise UserError("prep dicom makes pseudonyms with a key: give --key-file, or make one with 'prep key FILE'")
     kind = Dicom(source, key_file, profile, anatomy, reviewed, window, bits, image_format, resize)  # type: ignore[arg-type]
     options = Options(parse_split(split), seed, shard_size, duplicates, drop_duplicates)
-    how = {"workers": workers, "cluster": cluster, "private": private, "overwrite": overwrite, "append": append}
-    _prepare(kind, out, options, part, **how)
+    running = Running(workers, None, cluster, parse_part(part), overwrite, append, private)
+    return Preparation(kind, out, options, running)
 
 
 def radimagenet_command(
@@ -194,12 +211,12 @@ def radimagenet_command(
     private: Private = None,
     overwrite: Overwrite = False,
     append: Append = False,
-) -> None:
+) -> Preparation:
     """Pack RadImageNet as published, with its own split, into shards with modality and anatomy."""
     kind = RadImageNetSource(source, ultrasound, resize, trust_images)
     options = Options(None, seed, shard_size, duplicates, drop_duplicates)
-    how = {"workers": workers, "cluster": cluster, "private": private, "overwrite": overwrite, "append": append}
-    _prepare(kind, out, options, part, **how)
+    running = Running(workers, None, cluster, parse_part(part), overwrite, append, private)
+    return Preparation(kind, out, options, running)
 
 
 def retina_command(
@@ -228,7 +245,7 @@ def retina_command(
     private: Private = None,
     overwrite: Overwrite = False,
     append: Append = False,
-) -> None:
+) -> Preparation:
     """Cut retinal photographs to the field of view, set unusable ones aside, and pack the rest into shards."""
     settings = RetinaSettings(
         min_sharpness=min_sharpness, min_field=min_field, max_dark=max_dark, max_bright=max_bright
@@ -236,8 +253,8 @@ def retina_command(
     chosen = _chosen(label_column, no_labels)
     kind = Retina(source, labels, chosen, patient_pattern, resize, False, key_file, settings)
     options = Options(parse_split(split), seed, shard_size, duplicates, drop_duplicates)
-    how = {"workers": workers, "cluster": cluster, "private": private, "overwrite": overwrite, "append": append}
-    _prepare(kind, out, options, part, **how)
+    running = Running(workers, None, cluster, parse_part(part), overwrite, append, private)
+    return Preparation(kind, out, options, running)
 
 
 def _report(summary: Summary) -> None:
@@ -262,7 +279,7 @@ def _report(summary: Summary) -> None:
     typer.echo(f"  private: {summary.private} links samples to files and patients; keep it where it is")
 
 
-COMMANDS: dict[str, Callable[..., None]] = {
+COMMANDS: dict[str, Callable[..., Preparation]] = {
     "dicom": dicom_command,
     "radimagenet": radimagenet_command,
     "retina": retina_command,

@@ -30,7 +30,7 @@ from data_prep.pool import Engine, open_engine
 from data_prep.previous import Previous
 from data_prep.records import Records
 from data_prep.sources import Source
-from data_prep.staging import AUDIT, LINKS, PLAN, RECORDS, Staging
+from data_prep.staging import AUDIT, LINKS, PLAN, RECORDS, Staging, goes_to_url
 from data_prep.store import FULL, no_space
 from data_prep.work import Job, Reader, ShardResult, Task, write_shard
 
@@ -97,7 +97,7 @@ def prepare(kind: Kind, out: str | Path, options: Options, running: Running) -> 
         WorkFailed: a full disk, a killed worker; what is done is kept, and the same command goes on.
     """
     started = time.monotonic()
-    _check(options, running)
+    check(out, options, running)
     staging = Staging(out, running.private, running.overwrite, running.append)
     _refuse_nesting(kind.source, staging)
     request = {
@@ -159,7 +159,12 @@ def _shown(options: Options) -> dict[str, Any]:
     }
 
 
-def _check(options: Options, running: Running) -> None:
+def check(out: str | Path, options: Options, running: Running) -> None:
+    """What `prepare` begins with; looks at no file, so that a launcher can ask it for another machine.
+
+    Raises:
+        UserError: a value that cannot be, or options that do not go together.
+    """
     for name, value in (("shard-size", options.shard_size), ("workers", running.workers)):
         if value < 1:
             raise UserError(f"--{name} must be at least 1, not {value}")
@@ -170,6 +175,7 @@ def _check(options: Options, running: Running) -> None:
             raise UserError(f"--{name} {choice!r}{nearest(choice, DUPLICATES)}")
     if DUPLICATES.index(options.drop_duplicates) > DUPLICATES.index(options.duplicates):
         raise UserError(f"--drop-duplicates {options.drop_duplicates} needs --duplicates {options.drop_duplicates}")
+    goes_to_url(out, running.private, running.overwrite, running.append)
 
 
 def _refuse_nesting(source: Path, staging: Staging) -> None:

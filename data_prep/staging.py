@@ -50,15 +50,8 @@ class Staging:
         Raises:
             UserError: a URL without a private folder, or options that exclude each other.
         """
-        if overwrite and append:
-            raise UserError("--overwrite and --append exclude each other")
-        self.remote = is_url(out)
-        if self.remote:
-            if private is None:
-                raise UserError(
-                    f"{out}: with an OUT that is no local folder give --private DIR: the plan and the table "
-                    "that links samples to files go there"
-                )
+        self.remote = goes_to_url(out, private, overwrite, append)
+        if private is not None:  # with a URL, and only there
             self.out = str(out).rstrip("/")
             self.final_private = Path(os.path.realpath(private))
         else:
@@ -66,8 +59,6 @@ class Staging:
             if folder.parent == folder or os.path.ismount(folder):
                 raise UserError(f"{out} is a mount point, which cannot be renamed; give a folder inside it")
             self.out = str(folder)
-            if private is not None:
-                raise UserError("--private is for an OUT that is a URL; beside a folder it is OUT.private")
             self.final_private = folder.with_name(folder.name + ".private")
         if os.path.islink(self.final_private) or os.path.ismount(self.final_private):
             raise UserError(f"{self.final_private} is a link or a mount point, which would be replaced by a folder")
@@ -359,6 +350,25 @@ class Staging:
     def _identity(self, info: Path) -> str:
         where = f"{self.out} " if self.remote else ""
         return where + hashlib.sha256(info.read_bytes()).hexdigest()
+
+
+def goes_to_url(out: str | Path, private: Path | None, overwrite: bool, append: bool) -> bool:
+    """Whether the dataset goes to a URL, which needs a private folder; looks at no file.
+
+    Raises:
+        UserError: a URL without a private folder, a folder with one, or options that exclude each other.
+    """
+    if overwrite and append:
+        raise UserError("--overwrite and --append exclude each other")
+    remote = is_url(out)
+    if remote and private is None:
+        raise UserError(
+            f"{out}: with an OUT that is no local folder give --private DIR: the plan and the table that links samples "
+            "to files go there"
+        )
+    if not remote and private is not None:
+        raise UserError("--private is for an OUT that is a URL; beside a folder it is OUT.private")
+    return remote
 
 
 def stray_files(names: list[str], info: DatasetInfo) -> list[str]:

@@ -22,6 +22,7 @@ class Job:
         run_dir: where the run writes.
         global_batch, micro_batches: of the recipe, to refuse numbers of processes that do not divide it.
         options: further words of `train`, as in ("--resume", "never").
+        checkpoint_to: where the recipe says that checkpoints go, a folder or a URL; None: into the run's folder.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Job:
     global_batch: int
     micro_batches: int = 1
     options: tuple[str, ...] = ()
+    checkpoint_to: str | None = None
 
     @property
     def train(self) -> list[str]:
@@ -88,12 +90,16 @@ class PrepJob:
         words: after `medpretrain prep`: the kind, SOURCE, OUT and options, in any order that it takes.
         out: OUT among them, where the shards go.
         says_workers: whether they say how many processes a part has.
+        private: the folder of `--private` among them.
+        reads: SOURCE and the files that options name, each with what names it: ("--key-file", "/keys/key").
     """
 
     words: tuple[str, ...]
     parts: int
     out: str
     says_workers: bool = False
+    private: str | None = None
+    reads: tuple[tuple[str, str], ...] = ()
 
     @property
     def name(self) -> str:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from data_prep.errors import UserError
 from launchers import pods
 from launchers.job import Job, PrepJob
+from launchers.passwords import refuse_password
 from launchers.pods import CONTAINER, Manifest
-from launchers.site import Site
+from launchers.site import RECIPE_FOLDER, Site
 
 TRAINER_API, JOBSET_API = "trainer.kubeflow.org/v1alpha1", "jobset.x-k8s.io/v1alpha2"
 
@@ -61,16 +62,16 @@ def train_job(
         preflight: let `medpretrain preflight` pass first.
         secret: a Secret from whose keys SECRET_KEYS become variables.
         patch: bring volumes, shared memory, grace period and rights along as `runtimePatches` (Kubeflow Trainer 2.3 or
-            later), on whatever runtime. Without it the runtime must be one of `training_runtime`; every 2.x will do.
+            later), on whatever runtime. Without it the runtime must be one of `training_runtime`, with the volumes that
+            the site names; every 2.x will do.
 
     Raises:
-        UserError: the numbers do not divide the global batch, no image, a name that is none, a run's folder that would
-            be gone with its pod.
+        UserError: the numbers do not divide the global batch, no image, a name that is none, a run's folder or
+            checkpoints that would be gone with their pod.
     """
     job.refuse_size(nodes * gpus, f"{nodes} pods x {gpus} processes")
     _refuse_name(name, nodes)
-    if site.kubernetes.volumes or not patch:
-        pods.refuse_lost(str(job.run_dir), "the run's folder", site)
+    _refuse_lost(job, site)
     recipe = _mounted_recipe(job, name)
     if recipe and not patch:
         raise UserError(
@@ -167,7 +168,7 @@ def job_set(
     job.refuse_size(nodes * gpus, f"{nodes} pods x {gpus} processes")
     _refuse_name(name, nodes)
     _refuse_secret(secret)
-    pods.refuse_lost(str(job.run_dir), "the run's folder", site)
+    _refuse_lost(job, site)
     container: Manifest = {
         "name": CONTAINER,
         "image": pods.image_of(site),
@@ -211,11 +212,16 @@ def prep_job(
         secret: a Secret all of which becomes variables.
 
     Raises:
-        UserError: no image, a name that is none, an OUT that would be gone with its pod.
+        UserError: no image, a name that is none, an OUT or `--private` that would be gone with its pod, a file that no
+            pod would find.
     """
     _refuse_name(name, prep.parts)
     _refuse_secret(secret)
-    pods.refuse_lost(prep.out, "OUT", site)
+    pods.refuse_lost(prep.out, "OUT", site, beside=True)
+    if prep.private is not None:
+        pods.refuse_lost(prep.private, "--private", site, beside=True)
+    for what, path in prep.reads:
+        pods.refuse_unseen(path, what, site)
     container: Manifest = {
         "name": "prep",
         "image": pods.image_of(site),
@@ -258,24 +264,23 @@ def recipe_map(job: Job, site: Site, *, name: str) -> tuple[Job, Manifest | None
     Without change and None: the name of a shipped recipe, or a file on one of the site's volumes.
 
     Raises:
-        UserError: no such file.
+        UserError: no such file, or a password stands in it, used or not.
     """
-    if not job.recipe.endswith((".yaml", ".yml")):
-        return job, None
-    at = PurePosixPath(job.recipe)
-    if any(at.is_relative_to(volume.path) for volume in site.kubernetes.volumes):
+    if not job.recipe.endswith((".yaml", ".yml")) or pods.volume_of(job.recipe, site):
         return job, None
     try:
         text = Path(job.recipe).read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{job.recipe}: {error.strerror or error}") from None
+    for number, line in enumerate(text.splitlines(), 1):
+        refuse_password(line, f"{job.recipe}:{number}")
     manifest = {
         "apiVersion": "v1",
         "kind": "ConfigMap",
         "metadata": _metadata(name, site, queued=False),
         "data": {_RECIPE_KEY: text},
     }
-    return replace(job, recipe=f"{pods.RECIPE_FOLDER}/{_RECIPE_KEY}"), manifest
+    return replace(job, recipe=f"{RECIPE_FOLDER}/{_RECIPE_KEY}"), manifest
 
 
 _APP = {"app.kubernetes.io/name": "medpretrain", "app.kubernetes.io/managed-by": "medpretrain-launch"}
@@ -327,7 +332,13 @@ def _failure_policy(restarts: int) -> Manifest:
 
 
 def _mounted_recipe(job: Job, name: str) -> str | None:
-    return name if job.recipe.startswith(f"{pods.RECIPE_FOLDER}/") else None
+    return name if job.recipe.startswith(f"{RECIPE_FOLDER}/") else None
+
+
+def _refuse_lost(job: Job, site: Site) -> None:
+    pods.refuse_lost(str(job.run_dir), "the run's folder", site)
+    if job.checkpoint_to is not None:
+        pods.refuse_lost(job.checkpoint_to, "checkpoint.to", site)
 
 
 def _refuse_name(name: str, pods_of_it: int) -> None:
@@ -344,4 +355,4 @@ def _refuse_name(name: str, pods_of_it: int) -> None:
 
 def _refuse_secret(secret: str | None) -> None:
     if secret is not None and not re.fullmatch(r"[a-z0-9]([-.a-z0-9]*[a-z0-9])?", secret):
-        raise UserError(f"{secret!r} is no name of a Secret; give its name, never what is in it")
+        raise UserError("--secret takes the name of a Secret (small letters, digits, hyphens), never what is in it")

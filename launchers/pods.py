@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 import re
 import shlex
 from pathlib import PurePosixPath
@@ -9,7 +10,7 @@ from typing import Any
 
 from data_prep.errors import UserError
 from launchers.job import PYTHON, Job, PrepJob
-from launchers.site import Site
+from launchers.site import RECIPE_FOLDER, SHARED_MEMORY, Site, Volume
 from launchers.torchrun import PORT
 
 Manifest = dict[str, Any]
@@ -18,11 +19,12 @@ PREFLIGHT_PORT, TORCHRUN_PORT = PORT - 1, PORT
 WORKER_RESTARTS = 3
 """How often torchrun starts the processes again before the pods end."""
 
+PATIENCE_S = 900
+"""How long a pod waits for the others: images are pulled at different speeds, nodes may have to be started first, and
+each attempt in vain counts as a restart."""
+
 CONTAINER = "node"
 """Kubeflow Trainer looks for a container, and a replicated job, of this name."""
-
-RECIPE_FOLDER = "/etc/medpretrain"
-"""Where a recipe that is a file here appears in the pods."""
 
 USER = 10001
 """User and group of the processes; a number, for without one the kubelet cannot tell that it is not root."""
@@ -48,28 +50,30 @@ def train_script(job: Job, site: Site, name: str, preflight: bool) -> str:
     lines += ["trap 'exit 143' TERM INT", _WAIT_FOR_NAME]
     if preflight:
         words = shlex.join([PYTHON, "-m", "medpretrain", *job.preflight])
-        where = f'--nodes "$PET_NNODES" --gpus "$PET_NPROC_PER_NODE" --head "$PET_MASTER_ADDR:{PREFLIGHT_PORT}"'
-        lines.append(_GATE.format(preflight=f"{words} \\\n    {where}"))
+        lines.append(_GATE.format(preflight=words, port=PREFLIGHT_PORT, timeout=PATIENCE_S))
     lines.append(_TORCHRUN.format(name=shlex.quote(name), restarts=WORKER_RESTARTS, port=TORCHRUN_PORT))
     return "\n".join(lines) + f" \\\n  -m medpretrain {shlex.join(job.train_under_torchrun)}\n"
 
 
 # A pod's name is known some seconds after the pod is there, and torchrun ends at a name that does not resolve.
-_WAIT_FOR_NAME = """\
+_WAIT_FOR_NAME = f"""\
 tries=0
 until getent hosts "$PET_MASTER_ADDR" > /dev/null; do
   tries=$((tries + 1))
-  if [ "$tries" -ge 300 ]; then
-    echo "$PET_MASTER_ADDR, the first pod, has had no address for 5 minutes" >&2
+  if [ "$tries" -ge {PATIENCE_S} ]; then
+    echo "$PET_MASTER_ADDR, the first pod, has had no address for {PATIENCE_S // 60} minutes" >&2
     exit 1
   fi
   sleep 1
 done"""
 
 # The others go through the gate only when all pods start; a container that starts again in its pod would wait in vain.
+# Names of their own, for one that is missing may never have had an address, and is named all the same.
 _GATE = """\
 if [ ! -e /dev/shm/preflight-passed ]; then
-  {preflight} &
+  {preflight} \\
+    --nodes "$PET_NNODES" --gpus "$PET_NPROC_PER_NODE" --head "$PET_MASTER_ADDR:{port}" --timeout {timeout} \\
+    --name "node-$PET_NODE_RANK" --hosts "$(seq -s , -f node-%g 0 "$((PET_NNODES - 1))")" &
   gate=$!
   trap 'kill -TERM "$gate" || :; wait "$gate" || :; exit 143' TERM INT
   wait "$gate"
@@ -194,7 +198,7 @@ def volumes(site: Site, *, shared_memory: bool, recipe: str | None = None) -> tu
         if not re.fullmatch(r"[0-9]+(\.[0-9]+)?([KMGT]i|[kMGT])?", size):
             raise UserError(f"kubernetes.shared_memory={size!r} is no quantity; 32Gi is one")
         held.append({"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": size}})
-        mounts.append({"name": "shm", "mountPath": "/dev/shm"})
+        mounts.append({"name": "shm", "mountPath": SHARED_MEMORY})
     if recipe is not None:
         held.append({"name": "recipe", "configMap": {"name": recipe}})
         mounts.append({"name": "recipe", "mountPath": RECIPE_FOLDER, "readOnly": True})
@@ -230,32 +234,76 @@ def container_security() -> Manifest:
     return {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
 
 
+_NAME = r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
+# A first part without a dot or a port is no registry but a folder of the usual one, unless it is localhost.
+_IMAGE = re.compile(
+    r"(?:(?=localhost[:/]|[^/]*[.:])[A-Za-z0-9][A-Za-z0-9.-]*(?::[0-9]+)?/)?"
+    rf"{_NAME}(?:/{_NAME})*(?::[A-Za-z0-9_][A-Za-z0-9_.-]{{0,127}})?(?:@sha256:[0-9a-f]{{64}})?"
+)
+
+
 def image_of(site: Site) -> str:
     """Raises:
-    UserError: the site names no image, or one that is a file.
+    UserError: the site names no image, one that is a file, or none that a registry can have.
     """
-    if site.image is None:
+    image = site.image
+    if not image:
         raise UserError("pods need a container image: give `image:` in the site's file, as in registry/medpretrain:1.0")
-    if site.image.endswith((".sqsh", ".sif")) or site.image.startswith((".", "/")):
-        raise UserError(f"image: {site.image} is a file; Kubernetes takes those of a registry, as in registry/name:tag")
-    return site.image
+    if image.endswith((".sqsh", ".sif")) or image.startswith((".", "/")):
+        raise UserError(f"image: {image} is a file; Kubernetes takes those of a registry, as in registry/name:tag")
+    if not _IMAGE.fullmatch(image):
+        raise UserError(
+            f"image: {image!r} is none that Kubernetes takes: REGISTRY[:PORT]/NAME[:TAG][@sha256:DIGEST], the name in "
+            "small letters, as in registry.example:5000/imaging/medpretrain:1.0"
+        )
+    return image
 
 
-def refuse_lost(path: str, what: str, site: Site) -> None:
-    """Raises:
-    UserError: what is written to `path` would be gone with its pod.
+def volume_of(path: str, site: Site) -> Volume | None:
+    """The one on which a path of a pod is; of volumes inside each other the deepest, which is the one that is seen."""
+    at = _normal(path)
+    around = [volume for volume in site.kubernetes.volumes if at.is_relative_to(volume.path)]
+    return max(around, key=lambda volume: len(PurePosixPath(volume.path).parts), default=None)
+
+
+def refuse_lost(path: str, what: str, site: Site, *, beside: bool = False) -> None:
+    """
+    Args:
+        beside: something is written into the folder above it too.
+
+    Raises:
+        UserError: what is written to `path` would be gone with its pod.
     """
     if "://" in path:
         return
-    at = PurePosixPath(path)
-    around = [volume for volume in site.kubernetes.volumes if at.is_relative_to(volume.path)]
-    if not around:
-        held = ", ".join(volume.path for volume in site.kubernetes.volumes) or "none"
-        raise UserError(f"{what} {path} is on no volume and would be gone with its pod; kubernetes.volumes has: {held}")
-    # The deepest is the one that is seen.
-    inner = max(around, key=lambda volume: len(PurePosixPath(volume.path).parts))
-    if inner.read_only:
-        raise UserError(f"{what} {path} is on the volume {inner.claim}, which kubernetes.volumes has as read_only")
+    volume = volume_of(path, site)
+    if volume is None:
+        raise UserError(f"{what} {path} is on no volume and would be gone with its pod; {_held(site)}")
+    if volume.read_only:
+        raise UserError(f"{what} {path} is on the volume {volume.claim}, which kubernetes.volumes has as read_only")
+    if beside and _normal(path) == PurePosixPath(volume.path):
+        raise UserError(
+            f"{what} {path} is where the volume {volume.claim} is mounted, and is moved into place when it is whole; "
+            f"give a folder inside it, as in {volume.path}/dataset"
+        )
+
+
+def refuse_unseen(path: str, what: str, site: Site) -> None:
+    """Raises:
+    UserError: `path`, which is read, is on no volume.
+    """
+    if volume_of(path, site) is None:
+        raise UserError(f"{what} {path} is on no volume, and pods would not find it; {_held(site)}")
+
+
+def _normal(path: str) -> PurePosixPath:
+    """Without the `..` that would lead out of a volume."""
+    return PurePosixPath(posixpath.normpath(re.sub(r"^/+", "/", path)))
+
+
+def _held(site: Site) -> str:
+    held = ", ".join(volume.path for volume in site.kubernetes.volumes) or "none"
+    return f"kubernetes.volumes of the site's file has: {held}"
 
 
 def _plain(site: Site, values: dict[str, str]) -> list[Manifest]:

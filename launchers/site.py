@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import posixpath
 import re
 from typing import Annotated, Literal
 
 from annotated_types import Ge
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from launchers.passwords import SHOWN, without_passwords
 
 SECRET_NAMES = re.compile(r"PASSWORD|PASSWD|TOKEN|SECRET|CREDENTIAL|(?:API|ACCESS|ACCOUNT|PRIVATE)_?KEY", re.IGNORECASE)
 """Variables whose values are never shown."""
+
+SHARED_MEMORY = "/dev/shm"
+RECIPE_FOLDER = "/etc/medpretrain"
+"""Where a recipe that is a file here appears in the pods."""
+
 Count = Annotated[int, Ge(1)]
 
 
@@ -21,6 +30,26 @@ def _variable(name: str) -> str:
             f"{name} looks like a secret, and scripts and manifests would show it; export it in your shell"
         )
     return name
+
+
+def _without_password(text: str) -> str:
+    if without_passwords(text) != text:
+        raise ValueError(SHOWN)
+    return text
+
+
+def _mount(text: str) -> str:
+    """As Kubernetes takes it, and without what would tell it apart from the same path written otherwise."""
+    if not text.startswith("/") or ":" in text or ".." in text.split("/"):
+        raise ValueError(f"{text!r} is no place for a volume: give an absolute path, without .. and colons")
+    path = posixpath.normpath("/" + text.lstrip("/"))
+    if path == "/" or any(f"{path}/".startswith(f"{ours}/") for ours in (SHARED_MEMORY, RECIPE_FOLDER)):
+        raise ValueError(f"{path} is taken in a pod; mount the volume elsewhere, as in /runs")
+    return path
+
+
+Shown = Annotated[str, AfterValidator(_without_password)]
+"""Text that stands in scripts and manifests."""
 
 
 class _Section(BaseModel):
@@ -48,7 +77,7 @@ class Slurm(_Section):
 class Volume(_Section):
     claim: str
     """A PersistentVolumeClaim."""
-    path: str
+    path: Annotated[str, AfterValidator(_mount)]
     """Where it appears."""
     read_only: bool = False
 
@@ -70,6 +99,18 @@ class Kubernetes(_Section):
     node_selector: dict[str, str] = {}
     pull_secret: str | None = None
 
+    @field_validator("volumes")
+    @classmethod
+    def _a_path_each(cls, volumes: tuple[Volume, ...]) -> tuple[Volume, ...]:
+        seen: set[str] = set()
+        for number, volume in enumerate(volumes):
+            if volume.path in seen:
+                problem = PydanticCustomError("path_twice", "two volumes are at the same path; give each its own")
+                where = InitErrorDetails(type=problem, loc=(number, "path"), input=volume.path)
+                raise ValidationError.from_exception_data(cls.__name__, [where])
+            seen.add(volume.path)
+        return volumes
+
 
 class Site(_Section):
     """Defaults of a cluster; options of the command line come before them."""
@@ -82,9 +123,10 @@ class Site(_Section):
     """A container image, or a .sqsh or .sif file; without one the environment of this Python is used."""
     mounts: tuple[str, ...] = ()
     """Of a SLURM container: /data:/data or /data:/data:ro."""
-    environment: dict[Annotated[str, AfterValidator(_variable)], str] = {}
-    """Of every process. A name that looks like a secret is refused: scripts and manifests show what is here."""
-    setup: tuple[str, ...] = ()
+    environment: dict[Annotated[str, AfterValidator(_variable)], Shown] = {}
+    """Of every process. A name that looks like a secret is refused, and a URL with a password: scripts and manifests
+    show what is here."""
+    setup: tuple[Shown, ...] = ()
     """Shell lines that come first on every node: module load cuda."""
     slurm: Slurm = Slurm()
     kubernetes: Kubernetes = Kubernetes()

@@ -6,6 +6,7 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +17,7 @@ from typer.core import TyperGroup
 import data_prep.cli
 from data_prep.cli_prepare import COMMANDS
 from data_prep.errors import UserError, WorkFailed, nearest
-from data_prep.plan import parse_split
+from data_prep.store import is_url
 from launchers import deepspeed as by_deepspeed
 from launchers import kubectl, slurm_queue
 from launchers import kubernetes as by_kubernetes
@@ -26,12 +27,12 @@ from launchers.command import Command
 from launchers.head import Head
 from launchers.hostfile import read_hostfile, selected
 from launchers.job import Job, PrepJob
+from launchers.passwords import refuse_password
 from launchers.pods import Manifest
 from launchers.site import Site
 from launchers.torchrun import Nodes
 from medpretrain.recipe_file import load_recipe
 from medpretrain.strict_yaml import Document
-from medpretrain.tracking.redaction import redact
 
 SITE_VARIABLE = "MEDPRETRAIN_SITE"
 SITE_FILE = Path("~/.config/medpretrain/site.yaml")
@@ -276,14 +277,17 @@ def load_site(path: Path | None) -> Site:
 def job_of(recipe: str, overrides: list[str] | None, resume: str, override: list[str] | None) -> Job:
     """
     Raises:
-        UserError: the recipe cannot be read, or names no dataset; a password stands in it.
+        UserError: the recipe cannot be read, or names no dataset; a password stands in it or in a word.
     """
+    for word in (recipe, *(overrides or ()), resume, *(override or ())):
+        refuse_password(word)
     loaded = load_recipe(recipe, overrides or [])
-    if loaded.tracking.uri is not None and redact(loaded.tracking.uri) != loaded.tracking.uri:
-        raise UserError(
-            "tracking.uri holds a password, which scripts and manifests would show: leave it out, and set "
-            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD where the run starts"
-        )
+    to = loaded.checkpoint.to
+    places = {"tracking.uri": loaded.tracking.uri, "checkpoint.to": to, "run.dir": loaded.run.dir}
+    for key, place in (*places.items(), *(("data.path", path) for path in loaded.data.path)):
+        refuse_password(place or "", key)
+    for place in (to, resume):
+        is_url(place or "")
     if not loaded.data.path:
         raise UserError("the recipe names no dataset; give one, as in data.path=shards/fundus")
     options = [] if resume == "auto" else ["--resume", resume]
@@ -297,26 +301,47 @@ def job_of(recipe: str, overrides: list[str] | None, resume: str, override: list
         loaded.train.global_batch,
         loaded.train.micro_batches,
         tuple(options),
+        to,
     )
 
 
 def prep_job_of(words: list[str], parts: int) -> PrepJob:
     """
     Raises:
-        UserError: `medpretrain prep` would not take these words.
+        UserError: `medpretrain prep` would not take these words; a password stands in one.
     """
+    for word in words:
+        refuse_password(word)
     kind, *arguments = words
     if kind not in COMMANDS:
         raise UserError(f"there is no `medpretrain prep {kind}`{nearest(kind, COMMANDS)}")
     group = typer.main.get_command(data_prep.cli.app)
     assert isinstance(group, TyperGroup)
+    command = group.commands[kind]
     # A wrong option ends the command here.
-    given = group.commands[kind].make_context(f"medpretrain prep {kind}", arguments)
+    given = command.make_context(f"medpretrain prep {kind}", arguments)
     if given.params["part"] is not None:
         raise UserError("--part is given by the array; leave it out")
-    parse_split(given.params.get("split"))
+    asked = command.invoke(given)
+    asked.check()
     source = given.get_parameter_source("workers")
-    return PrepJob(tuple(words), parts, given.params["out"], source is not None and source.name == "COMMANDLINE")
+    private = asked.running.private
+    return PrepJob(
+        tuple(words),
+        parts,
+        asked.out,
+        source is not None and source.name == "COMMANDLINE",
+        None if private is None else str(private),
+        tuple(_read_by(given.params)),
+    )
+
+
+def _read_by(options: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """SOURCE and the files that options of a preparation name, each with what names it."""
+    for name, value in options.items():
+        path = str(value).removeprefix("fixed:")  # as --window names its table
+        if name not in ("out", "private") and (isinstance(value, Path) or path.endswith((".yaml", ".yml"))):
+            yield "SOURCE" if name == "source" else f"--{name.replace('_', '-')}", path
 
 
 def _run(gates: list[Command], train: Command, dry_run: bool) -> None:

@@ -14,6 +14,7 @@ from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from data_prep.errors import UserError, nearest
+from launchers.passwords import without_passwords
 
 Location = tuple[str | int, ...]
 Model = TypeVar("Model", bound=BaseModel)
@@ -114,7 +115,7 @@ class Document:
             return f"{where}: the key {'.'.join(map(str, (*under, *location)))} is missing"
         problem = first["msg"].removeprefix("Value error, ")
         given = first["input"]
-        shown = "" if isinstance(given, dict) else f" (given: {given!r})"
+        shown = "" if isinstance(given, dict) else f" (given: {without_passwords(repr(given))})"
         key = ".".join(map(str, (*under, *location)))
         return f"{where}: {problem}{shown}" if where == f"override {key}" else f"{where}: {key}: {problem}{shown}"
 

@@ -246,8 +246,9 @@ def test_secrets_are_named_and_never_shown():
     assert pod_of(job_set(JOB, FULL, **RUN, secret="tracking"))["containers"][0]["envFrom"] == [
         {"secretRef": {"name": "tracking"}}
     ]
-    with pytest.raises(UserError, match="never what is in it"):
-        job_set(JOB, FULL, **RUN, secret="MLFLOW_TRACKING_TOKEN=abc")
+    with pytest.raises(UserError, match="never what is in it") as raised:
+        job_set(JOB, FULL, **RUN, secret="MLFLOW_TRACKING_TOKEN=hunter2")
+    assert "hunter2" not in str(raised.value)
 
 
 def test_a_preparation_tries_a_part_again_but_not_what_a_user_must_mend():
@@ -278,6 +279,18 @@ def test_a_recipe_that_is_a_file_here_travels_along(tmp_path):
         train_job(job, FULL, **RUN, patch=False)
 
 
+@pytest.mark.parametrize(
+    "line", ["tracking: {uri: 'https://me:hunter2@h'}", "# once s3://AK:hun/ter2@b/c", "a: https://h/?api_key=hunter2"]
+)
+def test_a_recipe_with_a_password_does_not_travel(line, tmp_path):
+    """A ConfigMap is no secret, and an override changes nothing of the file that is in it."""
+    (tmp_path / "mine.yaml").write_text(f"name: mine\n{line}\n")
+    job = Job("mine", str(tmp_path / "mine.yaml"), ("tracking.uri=none",), Path("/runs/mine"), 512)
+    with pytest.raises(UserError, match=r"mine\.yaml:2: a URL with a password") as raised:
+        recipe_map(job, FULL, name="mine")
+    assert "er2" not in str(raised.value)
+
+
 def test_recipes_that_pods_have_do_not_travel():
     assert recipe_map(JOB, FULL, name="dino") == (JOB, None)
     there = Job("mine", "/data/recipes/mine.yaml", (), Path("/runs/mine"), 512)
@@ -291,6 +304,13 @@ def test_recipes_that_pods_have_do_not_travel():
     [
         ({"image": None}, "pods need a container image"),
         ({"image": "/images/train.sqsh"}, "is a file"),
+        ({"image": ""}, "pods need a container image"),
+        ({"image": "registry.example/med pretrain:1"}, "none that Kubernetes takes"),
+        ({"image": "registry.example/MedPretrain:1"}, "the name in small letters"),
+        ({"image": "MedPretrain"}, "the name in small letters"),
+        ({"image": "registry.example/medpretrain:"}, "none that Kubernetes takes"),
+        ({"image": "docker://registry.example/medpretrain"}, "none that Kubernetes takes"),
+        ({"image": "registry.example/medpretrain@sha256:abc"}, "none that Kubernetes takes"),
         ({"environment": {"PET_NNODES": "3"}}, "PET_NNODES is set by the launch"),
         ({"kubernetes": Kubernetes(volumes=VOLUMES, grace_s=1)}, "leaves no time"),
         ({"kubernetes": Kubernetes(volumes=VOLUMES, shared_memory="32GB")}, "shared_memory='32GB'"),
@@ -303,15 +323,88 @@ def test_what_a_cluster_would_refuse_later_is_refused_now(change, said):
             make(JOB, site, **RUN)
 
 
-def test_a_run_that_would_be_gone_with_its_pod_is_refused():
-    for folder, said in [("runs/dino", "on no volume"), ("/tmp/dino", "/data, /runs"), ("/data/dino", "read_only")]:
-        job = Job("dino", "dino", (), Path(folder), 512)
-        for make in (train_job, job_set):
-            with pytest.raises(UserError, match=said):
-                make(job, BARE, **RUN)
-        with pytest.raises(UserError, match=said):
-            prep_job(PrepJob(("dicom", "/data/dicom", folder), 4, folder), BARE, name="prep")
-    prep_job(PrepJob(("dicom", "/data/dicom", "s3://bucket/shards"), 4, "s3://bucket/shards"), BARE, name="prep")
+@pytest.mark.parametrize(
+    "image",
+    [
+        "medpretrain",
+        "imaging/medpretrain:1.0",
+        "localhost/medpretrain",
+        "registry:5000/a/b-c__d.e:V1_x-2",
+        "Registry.Example/medpretrain:1@sha256:" + "a1" * 32,
+        "ghcr.io/imaging/medpretrain@sha256:" + "0" * 64,
+    ],
+)
+def test_an_image_that_a_registry_has_is_taken(image):
+    assert train_job(JOB, BARE.model_copy(update={"image": image}), **RUN)["spec"]["trainer"]["image"] == image
+
+
+LOST = pytest.mark.parametrize(
+    ("folder", "said"),
+    [
+        ("runs/dino", "on no volume"),
+        ("/tmp/dino", "/data, /runs"),
+        ("/runs/../tmp/dino", "on no volume"),
+        ("/runs2/dino", "on no volume"),
+        ("/data/dino", "read_only"),
+        ("//runs/../data/dino", "read_only"),
+    ],
+)
+
+
+@LOST
+@pytest.mark.parametrize("patch", [True, False])
+def test_a_run_that_would_be_gone_with_its_pod_is_refused(folder, said, patch):
+    lost = Job("dino", "dino", (), Path(folder), 512)
+    behind = Job("dino", "dino", (), Path("/runs/dino"), 512, checkpoint_to=folder)
+    for job, what in ((lost, "the run's folder"), (behind, r"checkpoint\.to")):
+        with pytest.raises(UserError, match=f"{what} .*{said}"):
+            train_job(job, BARE, **RUN, patch=patch)
+        with pytest.raises(UserError, match=f"{what} .*{said}"):
+            job_set(job, BARE, **RUN)
+
+
+@pytest.mark.parametrize("patch", [True, False])
+def test_a_site_without_volumes_keeps_no_run(patch):
+    site = Site(image="registry.example/medpretrain:1")
+    for folder in ("runs/dino", "/runs/dino"):
+        with pytest.raises(UserError, match="has: none"):
+            train_job(Job("dino", "dino", (), Path(folder), 512), site, **RUN, patch=patch)
+
+
+def test_checkpoints_in_an_object_store_need_no_volume_and_the_run_does():
+    train_job(Job("dino", "dino", (), Path("/runs/dino"), 512, checkpoint_to="s3://bucket/dino"), BARE, **RUN)
+    with pytest.raises(UserError, match="the run's folder"):
+        train_job(Job("dino", "dino", (), Path("/tmp/dino"), 512, checkpoint_to="s3://bucket/dino"), BARE, **RUN)
+
+
+def preparation(out="/runs/shards", private=None, **reads):
+    words = ("dicom", "/data/dicom", out)
+    return PrepJob(words, 4, out, private=private, reads=tuple((f"--{name}", path) for name, path in reads.items()))
+
+
+@LOST
+def test_a_preparation_that_would_be_gone_with_its_pods_is_refused(folder, said):
+    with pytest.raises(UserError, match=f"OUT .*{said}"):
+        prep_job(preparation(folder), BARE, name="prep")
+    with pytest.raises(UserError, match=f"--private .*{said}"):
+        prep_job(preparation("s3://bucket/shards", folder), BARE, name="prep")
+    prep_job(preparation("s3://bucket/shards", "/runs/private"), BARE, name="prep")
+
+
+@pytest.mark.parametrize("folder", ["/runs", "/runs/", "/runs/a/.."])
+def test_a_volume_itself_is_no_dataset(folder):
+    """What is beside it is in no volume, and a mount point cannot be renamed."""
+    with pytest.raises(UserError, match="give a folder inside it, as in /runs/dataset"):
+        prep_job(preparation(folder), BARE, name="prep")
+    with pytest.raises(UserError, match=r"--private .* give a folder inside it"):
+        prep_job(preparation("s3://bucket/shards", folder), BARE, name="prep")
+
+
+def test_files_that_no_pod_has_are_refused():
+    prep_job(preparation(key="/data/keys/key", labels="/runs/labels.yaml"), BARE, name="prep")
+    for path in ("key", "/home/me/key", "/data/../key"):
+        with pytest.raises(UserError, match=f"--key {path} is on no volume, and pods would not find it.* /data, /runs"):
+            prep_job(preparation(labels="/data/labels.yaml", key=path), BARE, name="prep")
 
 
 def test_processes_that_do_not_divide_the_batch_are_refused():

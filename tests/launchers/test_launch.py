@@ -13,6 +13,9 @@ ROOT = Path(__file__).parents[2]
 RECIPE = ("simclr", "data.path=shards/none", "train.global_batch=64")
 
 
+VOLUMES = "kubernetes:\n  volumes:\n    - {claim: a, path: /runs/}\n"
+
+
 @pytest.fixture
 def site(tmp_path, monkeypatch):
     """site(text): the site file that is in force."""
@@ -100,6 +103,17 @@ def test_what_is_wrong_is_one_line_before_anything_starts(
         ("environment: {A-B: x}\n", "'A-B' is no name of an environment variable"),
         ("environment:\n  MLFLOW_TRACKING_PASSWORD: x\n", "site.yaml:2: "),
         ("- gpus\n", "a site file is a mapping"),
+        ("environment:\n  A: b\n  MLFLOW_TRACKING_URI: https://me:hunter2@h\n", "site.yaml:3: environment.MLFLOW_TR"),
+        ("setup:\n  - export URI=https://me:hunter2@h\n", "site.yaml:2: setup.0: a URL with a password"),
+        (f"{VOLUMES}    - {{claim: b, path: runs}}\n", "site.yaml:4: kubernetes.volumes.1.path: 'runs' is no place"),
+        (f"{VOLUMES}    - {{claim: b, path: /a/../runs}}\n", "site.yaml:4: kubernetes.volumes.1.path: "),
+        (f"{VOLUMES}    - {{claim: b, path: /runs}}\n", "site.yaml:4: kubernetes.volumes.1.path: two volumes"),
+        (
+            f"{VOLUMES}    - {{claim: b, path: /dev/shm/}}\n",
+            "site.yaml:4: kubernetes.volumes.1.path: /dev/shm is",
+        ),
+        (f"{VOLUMES}    - {{claim: b, path: /etc/medpretrain/x}}\n", "/etc/medpretrain/x is taken in a pod"),
+        (f"{VOLUMES}    - {{claim: b, path: /}}\n", "/ is taken in a pod"),
     ],
 )
 def test_a_wrong_site_file_is_an_error_with_its_line(medpretrain, site, text, said):
@@ -116,6 +130,131 @@ def test_a_password_in_the_site_file_is_refused_and_not_shown(medpretrain, site)
     assert code == 2
     assert "WANDB_API_KEY" in err
     assert "hunter2" not in out + err
+
+
+DICOM = ("dicom", "/runs/in", "/runs/out", "--key-file", "/runs/key")
+POD = "image: registry.example/medpretrain:1\ngpus: 4\n" + VOLUMES
+RUNS = [("slurm",), ("torchrun",), ("kubernetes",), ("kubernetes", "--kind", "jobset")]
+PREPS = [("prep", "slurm", "--parts", "2"), ("prep", "kubernetes", "--parts", "2")]
+
+
+@pytest.mark.parametrize("launch", RUNS, ids="-".join)
+@pytest.mark.parametrize(
+    "word",
+    [
+        "tracking.uri=https://me:hunter2@h",
+        "tracking.uri=https://h/?token=hunter2",
+        "checkpoint.to=s3://AK:hunter2@b/c",
+        "checkpoint.to=s3://AK:hun/ter2@b/c",
+        "data.path=[/runs/a,s3://AK:hunter2@b/c]",
+        "run.dir=s3://hunter2@b/c",
+        "--resume=s3://AK:hunter2@b/c/step-00000001",
+    ],
+)
+def test_a_password_in_a_url_of_a_run_is_refused_and_not_shown(medpretrain, site, launch, word):
+    site(POD)
+    code, out, err = medpretrain("launch", *launch, "--dry-run", *RECIPE, "run.dir=/runs/a", word)
+    assert code == 2
+    assert "a URL with a password in it, which scripts and manifests would show" in err
+    assert "***@" in err or "token=***" in err
+    assert "er2" not in out + err
+
+
+@pytest.mark.parametrize("launch", PREPS, ids="-".join)
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("images", "/runs/in", "s3://AK:hunter2@b/c", "--private", "/runs/p"),
+        ("images", "s3://AK:hunter2@b/c", "/runs/out"),
+        ("images", "/runs/in", "/runs/out", "--cluster=tcp://me:hunter2@h:1"),
+    ],
+)
+def test_a_password_in_a_url_of_a_preparation_is_refused_and_not_shown(medpretrain, site, launch, words):
+    site(POD)
+    code, out, err = medpretrain("launch", *launch, "--dry-run", *words)
+    assert code == 2
+    assert "***@" in err
+    assert "hunter2" not in out + err
+
+
+def test_a_password_in_a_recipes_file_reaches_no_manifest(medpretrain, site, tmp_path):
+    site(POD)
+    shipped = (ROOT / "configs" / "simclr.yaml").read_text()
+    (tmp_path / "mine.yaml").write_text("tracking: {uri: 'https://me:hunter2@h'}\n" + shipped)
+    words = (tmp_path / "mine.yaml", *RECIPE[1:], "run.dir=/runs/a", "--dry-run")
+    for word, said in (("device=cpu", "tracking.uri: a URL with"), ("tracking.uri=none", "mine.yaml:1: a URL with")):
+        code, out, err = medpretrain("launch", "kubernetes", *words, word)
+        assert code == 2
+        assert said in err
+        assert "hunter2" not in out + err
+
+
+def test_what_only_looks_like_a_password_is_launched(medpretrain, site):
+    site(POD + "setup: [pip install git+https://git@github.com/me/x@v2]\n")
+    words = ("run.dir=/runs/me@2", "checkpoint.to=s3://bucket/a:b@2", "tracking.uri=https://h:5000/x@1")
+    code, out, _ = medpretrain("launch", "kubernetes", "--dry-run", *RECIPE, *words)
+    assert code == 0
+    assert "checkpoint.to=s3://bucket/a:b@2" in out
+
+
+@pytest.mark.parametrize("launch", PREPS, ids="-".join)
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("images", "/runs/in", "s3://b/c"), "give --private DIR"),
+        (("images", "/runs/in", "/runs/out", "--private", "/runs/p"), "--private is for an OUT that is a URL"),
+        (("images", "/runs/in", "file:///runs/out"), "give a local folder as a path"),
+        (("images", "/runs/in", "/runs/out", "--overwrite", "--append"), "exclude each other"),
+        (("images", "/runs/in", "/runs/out", "--no-labels", "--label-column", "a"), "exclude each other"),
+        (("images", "/runs/in", "/runs/out", "--shard-size", "0"), "--shard-size must be at least 1"),
+        (("images", "/runs/in", "/runs/out", "--duplicates", "of"), "did you mean 'off'?"),
+        (("images", "/runs/in", "/runs/out", "--resize", "0"), "--resize must be at least 1"),
+        (("images", "/runs/in", "/runs/out", "--split", "train=0.5"), "the parts add up to 0.5, not 1"),
+        (("retina", "/runs/in.npz", "/runs/out"), "takes a folder or a manifest"),
+        (("dicom", "/runs/in", "/runs/out"), "give --key-file"),
+        (("dicom", "/runs/in", "/runs/out", "--key-file", "/runs/key", "--bits", "9"), "--bits must be 8 or 16"),
+    ],
+)
+def test_what_prep_would_refuse_is_not_submitted(medpretrain, site, monkeypatch, launch, words, said):
+    site(POD)
+    monkeypatch.setenv("COLUMNS", "200")
+    code, out, err = medpretrain("launch", *launch, "--dry-run", *words)
+    assert (code, out) == (2, "")
+    assert said in err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("images", "/raw", "/runs/out"), "SOURCE /raw is on no volume"),
+        (("images", "/runs/in", "/runs"), "OUT /runs is where the volume a is mounted"),
+        (("images", "/runs/in", "s3://b/c", "--private", "/tmp/p"), "--private /tmp/p is on no volume"),
+        (("images", "/runs/in", "/runs/out", "--key-file", "key"), "--key-file key is on no volume"),
+        (("images", "/runs/in", "/runs/out", "--labels", "mine.yaml"), "--labels mine.yaml is on no volume"),
+        (("radimagenet", "/runs/in", "/runs/out", "--ultrasound", "/u.yml"), "--ultrasound /u.yml is on no"),
+        ((*DICOM, "--profile", "/p.yaml"), "--profile /p.yaml is on no volume"),
+        ((*DICOM, "--anatomy", "/a.yaml"), "--anatomy /a.yaml is on no volume"),
+        ((*DICOM, "--reviewed", "/r.csv"), "--reviewed /r.csv is on no volume"),
+        ((*DICOM, "--window", "fixed:/w.yaml"), "--window /w.yaml is on no volume"),
+    ],
+)
+def test_what_no_pod_would_find_or_keep_is_not_submitted(medpretrain, site, words, said):
+    site(POD)
+    code, out, err = medpretrain("launch", *PREPS[1], "--dry-run", *words)
+    assert (code, out) == (2, "")
+    assert said in err
+
+
+def test_names_of_shipped_files_and_files_on_volumes_are_submitted(medpretrain, site):
+    site(POD)
+    shipped = ("--profile", "strict_demographics", "--window", "fixed", "--reviewed", "/runs/r.csv")
+    for words in (
+        (*DICOM, *shipped),
+        ("retina", "/runs/in", "s3://b/c", "--private", "/runs/p", "--labels", "fundus", "--key-file", "/runs/key"),
+    ):
+        code, out, _ = medpretrain("launch", *PREPS[1], "--dry-run", *words)
+        assert code == 0
+        assert f"-m medpretrain prep {words[0]}" in out
 
 
 SINFO = "echo batch 2; echo urgent 1"

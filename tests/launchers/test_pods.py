@@ -132,8 +132,10 @@ def test_every_override_arrives_as_it_was_given(kind, tmp_path):
     container, variables = containers(tmp_path, kind)
     assert container.run(**variables) == 0
     preflight, torchrun = container.calls()
-    gate = ["--nodes", "2", "--gpus", "8", "--head", "dino-node-0-0.dino:29399"]
-    assert preflight[1] == ["-m", "medpretrain", "preflight", "dino", *OVERRIDES, *gate]
+    gate = ["--nodes", "2", "--gpus", "8", "--head", "dino-node-0-0.dino:29399", "--timeout", "900"]
+    gate += ["--name", "node-1", "--hosts", "node-0,node-1"]
+    assert preflight[1] == ["-m", "medpretrain", *JOB.preflight, *gate]
+    assert preflight[1][3:][: len(OVERRIDES) + 1] == ["dino", *OVERRIDES]
     # torchrun makes templates of the words for its processes.
     assert [Template(word).safe_substitute(local_rank="0") for word in torchrun[1]] == [
         *(
@@ -155,6 +157,24 @@ def test_every_override_arrives_as_it_was_given(kind, tmp_path):
     assert (env["PRICE"], env["YES"], env["OCTAL"]) == ("$5 $(NAME) $$", "yes", "0777")
     assert env["FROM_SETUP"] == "a b"
     assert env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
+
+
+@pytest.mark.parametrize("shell", ["dash", "bash"])
+@pytest.mark.parametrize("nodes", [1, 4, 128])
+def test_the_gate_knows_every_pod_by_the_name_that_it_gives_itself(shell, nodes, tmp_path):
+    """Or a dead pod is "1 of 4 did not answer"."""
+    if shutil.which(shell) is None:
+        pytest.skip(f"no {shell} here")
+    container, variables = containers(tmp_path, "TrainJob")
+    (container.bin / "sh").symlink_to(shutil.which(shell))
+    own = []
+    for rank in (0, nodes - 1):
+        assert container.run(**variables | {"PET_NNODES": str(nodes), "PET_NODE_RANK": str(rank)}) == 0
+        (container.shm / "preflight-passed").unlink()
+        words = container.calls("python")[-1][1]
+        assert words[words.index("--hosts") + 1] == ",".join(f"node-{number}" for number in range(nodes))
+        own.append(words[words.index("--name") + 1])
+    assert own == ["node-0", f"node-{nodes - 1}"]
 
 
 def test_the_first_pod_alone_hosts_the_rendezvous(tmp_path):
