@@ -6,7 +6,6 @@ import os
 import re
 from urllib.parse import unquote
 
-from launchers.passwords import without_passwords
 from launchers.site import SECRET_NAMES
 
 _SHORTEST_SECRET = 8  # anything shorter in an unknown variable would blank out ordinary words
@@ -30,4 +29,6 @@ def redact(text: str, uri: str = "") -> str:
         known += [password, unquote(password), credentials[1]]
     for secret in sorted(filter(None, known), key=len, reverse=True):
         text = text.replace(secret, "***")
-    return re.sub(r"(?i)(\b[\w-]*(?:password|token|secret|key)=)[^&\s'\"]+", r"\1***", without_passwords(text))
+    # Rather a path with an @ cut than a password shown; what is refused as one is told more finely.
+    text = re.sub(r"([\w+.-]+://)[^\s'\"]*@", r"\1***@", text)
+    return re.sub(r"(?i)(\b[\w-]*(?:password|token|secret|key)=)[^&\s'\"]+", r"\1***", text)
