@@ -11,7 +11,7 @@ from data_prep.errors import UserError, nearest
 Slots = dict[str, list[int]]
 """The slots of each host, in the order of the file."""
 
-_LINE = re.compile(r"(?P<host>[^\s=#]+)\s+slots=(?P<slots>\d+)")
+_LINE = re.compile(r"(?P<host>\w[\w.-]*)\s+slots=(?P<slots>\d+)")
 
 
 def read_hostfile(path: Path) -> Slots:
@@ -49,7 +49,7 @@ def selected(hosts: Mapping[str, list[int]], include: str = "", exclude: str = "
     ({'a': [0, 1], 'b': [1]}, {'b': [0, 1]})
 
     Raises:
-        UserError: both are given, a host or slot that the hostfile lacks, or nothing is left.
+        UserError: both are given, a host or slot that the hostfile lacks, a host twice, or nothing is left.
     """
     if include and exclude:
         raise UserError("give --include or --exclude, not both")
@@ -66,13 +66,17 @@ def selected(hosts: Mapping[str, list[int]], include: str = "", exclude: str = "
 
 def _parse(text: str, hosts: Mapping[str, list[int]], option: str) -> dict[str, set[int]]:
     named: dict[str, set[int]] = {}
-    for part in filter(None, text.split("@")):
+    for part in text.split("@") if text else ():
         host, colon, listed = part.partition(":")
+        if not host:
+            raise UserError(f"{option} {text}: a host's name is missing; hosts are parted by one @: gpu01@gpu02:0,2")
+        if host in named:
+            raise UserError(f"{option} {text}: {host} stands there twice; name its slots once, as in {host}:0,1")
         if host not in hosts:
             raise UserError(f"{option}: the hostfile has no host {host!r}{nearest(host, hosts)}")
         slots = [int(slot) if slot.isdecimal() else -1 for slot in listed.split(",")] if colon else hosts[host]
         for slot in slots:
             if slot not in hosts[host]:
                 raise UserError(f"{option}: {part!r}: {host} has the slots 0 to {len(hosts[host]) - 1}")
-        named.setdefault(host, set()).update(slots)
+        named[host] = set(slots)
     return named

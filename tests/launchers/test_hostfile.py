@@ -36,6 +36,8 @@ def test_a_missing_hostfile_is_an_error_and_no_local_run(tmp_path):
         ("a slots=2 b slots=2\n", "hostfile:1: "),
         ("a slots=2\n#\na slots=1\n", "hostfile:3: a stands there twice"),
         ("a slots=0\n", "hostfile:1: a has no slot"),
+        ("me@a slots=2\n", "hostfile:1: 'me@a slots=2' is no host"),
+        ("gpu[1-2] slots=2\n", "hostfile:1: "),
         ("# nobody\n", "names no host"),
     ],
 )
@@ -52,6 +54,10 @@ def test_a_malformed_line_is_named(tmp_path, text, said):
         ("a:x", "", "--include: 'a:x': a has the slots 0 to 3"),
         ("a", "b", "give --include or --exclude, not both"),
         ("", "a@b", "no host is left"),
+        ("a@", "", "--include a@: a host's name is missing"),
+        ("", "@b", "--exclude @b: a host's name is missing"),
+        ("a@a:0", "", "--include a@a:0: a stands there twice"),
+        ("", "a:0@a:1", "--exclude a:0@a:1: a stands there twice; name its slots once, as in a:0,1"),
     ],
 )
 def test_hosts_and_slots_that_are_not_there_are_refused(include, exclude, said):
