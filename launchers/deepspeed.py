@@ -1,29 +1,37 @@
-"""DeepSpeed's own launcher: a hostfile and pdsh over ssh, or the same command on each host without ssh."""
+"""DeepSpeed's ranks on the hosts of a hostfile: by pdsh over ssh, or the same command on each host without ssh.
+
+DeepSpeed's `deepspeed.launcher.launch` starts the ranks of a host. What brings it there is ours: DeepSpeed's runner
+quotes no word, logs the variables that it carries, and leaves ranks behind when it is asked to leave.
+"""
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 from data_prep.errors import UserError
 from launchers.command import Command, after_setup, medpretrain
 from launchers.head import Head
 from launchers.hostfile import Slots
 from launchers.job import Job
+from launchers.on_host import OVER_SSH, RANKS
+from launchers.pdsh import CONNECT_S, Pdsh, ssh, verbatim
 from launchers.site import SECRET_NAMES, Site
 
 PORT = 29500
 """Of the rendezvous; preflight meets at the one below."""
-_SSH_S = 10
 _CARRIED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
+"""Beginnings of variables that hosts get from here, as by DeepSpeed."""
+_PASSWORD = re.compile(r"://[^\s/:@]*:\S*@")
 
 
 @dataclass(frozen=True)
@@ -51,11 +59,6 @@ class Hosts:
         return self.head or Head(next(iter(self.slots)), PORT)
 
 
-def launch_folder(run_dir: Path) -> Path:
-    """Scripts and logs of a run's launches, beside its folder: a run's own folder holds nothing before it starts."""
-    return run_dir.with_name(f"{run_dir.name}.launch")
-
-
 def refuse_unreachable(hosts: Sequence[str], ssh_port: int | None = None) -> None:
     """
     Raises:
@@ -66,21 +69,18 @@ def refuse_unreachable(hosts: Sequence[str], ssh_port: int | None = None) -> Non
             raise UserError(
                 f"{tool} is missing: install {package}, or run the command on every host with --no-ssh --node-rank N"
             )
+    modules = subprocess.run(["pdsh", "-V"], capture_output=True, text=True, check=False).stdout
+    if "exec" not in modules:
+        raise UserError(
+            "pdsh has no module exec: install pdsh-rcmd-exec, or run the command on every host with --no-ssh"
+        )
 
     def asked(host: str) -> str | None:
-        options = [
-            "-o",
-            "BatchMode=yes",
-            "-o",
-            f"ConnectTimeout={_SSH_S}",
-            *(["-p", str(ssh_port)] if ssh_port else []),
-        ]
+        words, limit = [*ssh(ssh_port), host, "true"], 2 * CONNECT_S
         try:
-            answer = subprocess.run(
-                ["ssh", *options, host, "true"], capture_output=True, text=True, timeout=2 * _SSH_S, check=False
-            )
+            answer = subprocess.run(words, capture_output=True, text=True, timeout=limit, check=False)
         except subprocess.TimeoutExpired:
-            return f"{host} (no answer in {2 * _SSH_S} s)"
+            return f"{host} (no answer in {limit} s)"
         last = (answer.stderr.strip().splitlines() or [""])[-1]
         return f"{host} ({last or f'ssh ended with {answer.returncode}'})" if answer.returncode else None
 
@@ -93,87 +93,87 @@ def refuse_unreachable(hosts: Sequence[str], ssh_port: int | None = None) -> Non
         )
 
 
-def train(job: Job, site: Site, hosts: Hosts, *, hostfile: Path, include: str = "", exclude: str = "") -> Command:
-    """The command of one host, or without ssh of each.
-
-    Args:
-        include, exclude: what made `hosts` of the hostfile.
+def train(job: Job, site: Site, hosts: Hosts) -> Command:
+    """The command of one host for all, or without ssh of each.
 
     Raises:
-        UserError: the slots do not divide the global batch; a word that DeepSpeed's way over pdsh would change.
+        UserError: the slots do not divide the global batch.
     """
     slots = hosts.slots.values()
     job.refuse_size(sum(map(len, slots)), " + ".join(str(len(of_host)) for of_host in slots) + " slots")
-    words = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile)]
-    words += ["--include", include] if include else []
-    words += ["--exclude", exclude] if exclude else []
-    words += ["--master_addr", hosts.meet.host, "--master_port", str(hosts.meet.port)]
-    if hosts.node_rank is not None:
-        words += ["--no_ssh", "--node_rank", str(hosts.node_rank)]
-    else:
-        _refuse_unquotable(job.train)
-        # Its own check asks the first host alone. And a single host in the file is still that host, not this one.
-        words += ["--launcher", "pdsh", "--force_multi", "--no_ssh_check"]
-        words += ["--ssh_port", str(hosts.ssh_port)] if hosts.ssh_port else []
-        # DeepSpeed carries variables to the other hosts on a command line, which it also logs.
-        words = ["env", *(word for name in secrets() for word in ("-u", name)), *words] if secrets() else words
-    if site.setup:
-        words += ["--venv_script", str(setup_file(job.run_dir).resolve())]
-    variables = {"DS_ENV_FILE": str(environment_file(job.run_dir).resolve())}
-    return Command([*words, "--no_local_rank", "--module", "medpretrain", *job.train], variables)
+    world = base64.urlsafe_b64encode(json.dumps(hosts.slots).encode()).decode()
+    ranks = [sys.executable, "-u", "-m", RANKS, f"--world_info={world}"]
+    ranks += [f"--master_addr={hosts.meet.host}", f"--master_port={hosts.meet.port}"]
+    run = ["--no_local_rank", "--module", "medpretrain", *job.train]
+    if hosts.node_rank is None:
+        return _over_ssh(site, hosts, [*map(verbatim, ranks), "--node_rank=%n", *map(verbatim, run)])
+    return Command(after_setup(_on_host([*ranks, f"--node_rank={hosts.node_rank}", *run]), site), environment(site))
 
 
 def preflight(job: Job, site: Site, hosts: Hosts) -> Command:
-    """The gate before `train`."""
-    words = [*job.preflight, "--nodes", str(len(hosts.slots)), "--gpus", str(max(map(len, hosts.slots.values())))]
-    words += ["--head", str(hosts.meet.preflight), "--hosts", ",".join(hosts.slots)]
-    if hosts.node_rank is not None:
-        name = list(hosts.slots)[hosts.node_rank]
-        return Command(after_setup(medpretrain([*words, "--name", name]), site), environment(site))
-    exports = [f"export {name}={shlex.quote(value)}" for name, value in (_inherited() | environment(site)).items()]
-    there = "; ".join([f"cd {shlex.quote(os.getcwd())}", *exports, *site.setup])
-    # pdsh puts the host's name for %h.
-    line = f"{there}; exec {shlex.join(medpretrain(words))} --name ".replace("%", "%%") + "%h"
-    port = {"PDSH_SSH_ARGS_APPEND": f"-p {hosts.ssh_port}"} if hosts.ssh_port else {}
-    return Command(["pdsh", "-S", "-R", "ssh", "-w", ",".join(hosts.slots), line], port)
+    """The gate before `train`.
+
+    Raises:
+        UserError: hosts have different numbers of slots, which it cannot rehearse.
+    """
+    sizes = {host: len(slots) for host, slots in hosts.slots.items()}
+    if len(set(sizes.values())) > 1:
+        named = ", ".join(f"{host} {size}" for host, size in sizes.items())
+        raise UserError(
+            f"preflight rehearses with as many processes on each host, but slots are: {named}. "
+            "Choose as many of each with --include or --exclude, or go without the gate: --no-preflight"
+        )
+    words = [*job.preflight, "--nodes", str(len(sizes)), "--gpus", str(max(sizes.values()))]
+    words += ["--head", str(hosts.meet.preflight), "--hosts", ",".join(sizes)]
+    # What DeepSpeed does for its ranks: the chosen slots are the GPUs that are seen.
+    chosen = {
+        host: ",".join(map(str, slots)) for host, slots in hosts.slots.items() if slots != list(range(len(slots)))
+    }
+    if hosts.node_rank is None:
+        cases = [f"{host}) export CUDA_VISIBLE_DEVICES={gpus};;" for host, gpus in chosen.items()]
+        gate = [*map(verbatim, medpretrain(words)), "--name", "%h"]
+        return _over_ssh(site, hosts, gate, [f"case %h in {' '.join(cases)} esac"] if cases else [])
+    name = list(sizes)[hosts.node_rank]
+    own = {"CUDA_VISIBLE_DEVICES": chosen[name]} if name in chosen else {}
+    return Command(after_setup(medpretrain([*words, "--name", name]), site), environment(site) | own)
 
 
 def environment(site: Site) -> dict[str, str]:
-    """What every process is given."""
+    """What every process is given.
+
+    Raises:
+        UserError: a password is in it, which a command line would show.
+    """
+    if shown := _with_password(site.environment):
+        raise UserError(
+            f"environment: of the site file: {', '.join(shown)} holds a password, and command lines would show it; "
+            "leave it out there"
+        )
     return {"OMP_NUM_THREADS": "1"} | site.environment
 
 
-def write_files(job: Job, site: Site) -> None:
-    """The files that DeepSpeed carries an environment in; every host must see them."""
-    launch_folder(job.run_dir).mkdir(parents=True, exist_ok=True)
-    lines = [f"{name}={value}\n" for name, value in environment(site).items()]
-    environment_file(job.run_dir).write_text("".join(lines))
-    setup_file(job.run_dir).write_text("".join(f"{line}\n" for line in site.setup))
+def kept_here() -> list[str]:
+    """The variables that the hosts would get from here, but for what their values would give away."""
+    return _with_password({name: value for name, value in os.environ.items() if name.startswith(_CARRIED)})
 
 
-def environment_file(run_dir: Path) -> Path:
-    return launch_folder(run_dir) / "environment"
+def _over_ssh(site: Site, hosts: Hosts, words: Sequence[str], last: Sequence[str] = ()) -> Pdsh:
+    """
+    Args:
+        words: the command, as pdsh takes it.
+        last: shell lines right before it, as pdsh takes them.
+    """
+    hidden = kept_here()
+    carried = {name: value for name, value in os.environ.items() if name.startswith(_CARRIED) and name not in hidden}
+    exports = [f"export {name}={shlex.quote(value)}" for name, value in (carried | environment(site)).items()]
+    there = [verbatim(line) for line in (f"cd {shlex.quote(os.getcwd())} || exit", *exports, *site.setup)]
+    command = shlex.join([*map(verbatim, _on_host([OVER_SSH])), *words])
+    return Pdsh(list(hosts.slots), "\n".join([*there, *last, f"exec {command}"]), hosts.ssh_port)
 
 
-def setup_file(run_dir: Path) -> Path:
-    return launch_folder(run_dir) / "setup.sh"
+def _on_host(words: Sequence[str]) -> list[str]:
+    return [sys.executable, "-m", "launchers.on_host", *words]
 
 
-def secrets() -> list[str]:
-    """The variables that DeepSpeed would carry to the other hosts, and that are nobody's business."""
-    return sorted(name for name in os.environ if name.startswith(_CARRIED) and SECRET_NAMES.search(name))
-
-
-def _inherited() -> dict[str, str]:
-    """What DeepSpeed too takes from here to the other hosts, as far as preflight needs it."""
-    return {name: value for name, value in os.environ.items() if name.startswith(("PYTHON", "NCCL"))}
-
-
-def _refuse_unquotable(words: Sequence[str]) -> None:
-    """DeepSpeed hands words to the other hosts' shells as they are."""
-    for word in words:
-        if re.search(r"""[\s'"`$&|;<>()*?\\]""", word):
-            raise UserError(
-                f"DeepSpeed cannot carry {word!r} to other hosts: without spaces and quotes ([0.5,1]) it can, "
-                "or write it into a recipe file"
-            )
+def _with_password(variables: Mapping[str, str]) -> list[str]:
+    return sorted(name for name, value in variables.items() if SECRET_NAMES.search(name) or _PASSWORD.search(value))

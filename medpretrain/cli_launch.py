@@ -113,6 +113,7 @@ def torchrun(
     gate = by_torchrun.preflight(job, found, nodes=size, gpus=per_host, head=meet, hosts=named)
     if meet is not None and dry_run:
         typer.echo("# as on this host; --local-addr is another on each")
+    _say_no_image(found)
     _run([gate] if preflight else [], train, dry_run)
 
 
@@ -140,16 +141,26 @@ def deepspeed(
     job = job_of(recipe, ["strategy=deepspeed", *(overrides or [])], resume, override)
     if no_ssh and node_rank is None:
         raise UserError("--no-ssh needs this host's place in the hostfile: --node-rank 0 on the first, 1 on the next")
+    if node_rank is not None and not no_ssh:
+        raise UserError(
+            "--node-rank is for --no-ssh, where the same command runs on each host; leave it out, or add that"
+        )
     meet = Head.parse(head, by_deepspeed.PORT) if head else None
-    slots = selected(read_hostfile(hostfile), include, exclude)
-    hosts = by_deepspeed.Hosts(slots, meet, ssh_port, node_rank if no_ssh else None)
-    train = by_deepspeed.train(job, found, hosts, hostfile=hostfile, include=include, exclude=exclude)
-    gate = by_deepspeed.preflight(job, found, hosts)
-    if not dry_run:
-        if not no_ssh:
-            by_deepspeed.refuse_unreachable(list(slots), ssh_port)
-        by_deepspeed.write_files(job, found)
-    _run([gate] if preflight else [], train, dry_run)
+    hosts = by_deepspeed.Hosts(selected(read_hostfile(hostfile), include, exclude), meet, ssh_port, node_rank)
+    train = by_deepspeed.train(job, found, hosts)
+    gates = [by_deepspeed.preflight(job, found, hosts)] if preflight else []
+    _say_no_image(found)
+    if not no_ssh:
+        if kept := by_deepspeed.kept_here():
+            typer.echo(
+                f"{', '.join(kept)}: not carried to the hosts, for a command line would show it. For MLflow write "
+                f"user and password into ~/.mlflow/credentials on {next(iter(hosts.slots))}, "
+                "or `medpretrain sync` later",
+                err=True,
+            )
+        if not dry_run:
+            by_deepspeed.refuse_unreachable(list(hosts.slots), ssh_port)
+    _run(gates, train, dry_run)
 
 
 @app.command()
@@ -172,7 +183,7 @@ def slurm(
     found, job = load_site(site), job_of(recipe, overrides, resume, override)
     per_node = _gpus_of_node(gpus, found)
     request = by_slurm.Request.of(found, nodes=nodes, gpus=per_node, partition=partition, account=account, time=time)
-    folder = by_deepspeed.launch_folder(job.run_dir).absolute()
+    folder = launch_folder(job.run_dir).absolute()
     log = folder / "slurm-%j.out"
     script = by_slurm.train_script(job, found, request, log, preflight=preflight)
     _submit(script, folder / "job.sbatch", log, request, follow, dry_run, again=resume == "auto")
@@ -342,6 +353,24 @@ def _read_by(options: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         path = str(value).removeprefix("fixed:")  # as --window names its table
         if name not in ("out", "private") and (isinstance(value, Path) or path.endswith((".yaml", ".yml"))):
             yield "SOURCE" if name == "source" else f"--{name.replace('_', '-')}", path
+
+
+def launch_folder(run_dir: Path) -> Path:
+    """Scripts and logs of a run's launches, beside its folder: a run's own folder holds nothing before it starts.
+
+    Raises:
+        UserError: the folder has no name of its own.
+    """
+    if run_dir.name in ("", ".."):
+        raise UserError(f"run.dir={run_dir}: give a folder by its name, as in run.dir=runs/dino; logs go beside it")
+    return run_dir.with_name(f"{run_dir.name}.launch")
+
+
+def _say_no_image(site: Site) -> None:
+    if site.image is not None:
+        typer.echo(
+            f"image: of the site file is not used here; processes run by this Python, {sys.executable}", err=True
+        )
 
 
 def _run(gates: list[Command], train: Command, dry_run: bool) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -71,6 +75,7 @@ def test_a_dry_run_prints_the_gate_and_the_run_and_writes_nothing(medpretrain, t
         (("torchrun", *RECIPE, "--nodes", "2", "--head", "a:b"), "--head a:b: give HOST or HOST:PORT"),
         (("deepspeed", *RECIPE), "there is no hostfile hostfile"),
         (("deepspeed", *RECIPE, "--no-ssh"), "--no-ssh needs this host's place in the hostfile: --node-rank"),
+        (("deepspeed", *RECIPE, "--node-rank", "1"), "--node-rank is for --no-ssh"),
         (("slurm", *RECIPE, "--nodes", "3"), "3 nodes x 4 tasks = 12 do not divide"),
         (("slurm", *RECIPE), "sbatch is missing here"),
         (("prep", "slurm", "--parts", "2", "images", "in", "out", "--part", "1/2"), "--part is given by the array"),
@@ -286,26 +291,112 @@ def test_a_host_that_ssh_does_not_reach_is_named(medpretrain, monkeypatch, tmp_p
     monkeypatch.chdir(tmp_path)
     (tmp_path / "hostfile").write_text("gpu01 slots=4\ngpu02 slots=4\n")
     refuse = 'case "$*" in *gpu02*) echo "ssh: connect to host gpu02: No route to host" >&2; exit 255;; esac'
-    programs(ssh=refuse, pdsh="true")
+    programs(ssh=refuse, pdsh="echo rcmd modules: ssh,exec")
     code, _, err = medpretrain("launch", "deepspeed", *RECIPE)
     assert code == 2
     assert "not to be reached by ssh: gpu02 (ssh: connect to host gpu02: No route to host)" in err
-    programs(pdsh="true")
+    programs(pdsh="echo rcmd modules: ssh")
+    code, _, err = medpretrain("launch", "deepspeed", *RECIPE)
+    assert code == 2
+    assert "pdsh has no module exec: install pdsh-rcmd-exec" in err
     (tmp_path / "programs" / "ssh").unlink()
     code, _, err = medpretrain("launch", "deepspeed", *RECIPE)
     assert code == 2
     assert "ssh is missing: install openssh-client" in err
 
 
-def test_words_that_pdsh_would_change_are_refused(medpretrain, monkeypatch, tmp_path):
-    (tmp_path / "hostfile").write_text("gpu01 slots=4\n")
-    words = ("--hostfile", tmp_path / "hostfile", "--dry-run", "views.crop.crop=[0.5, 1]")
-    code, _, err = medpretrain("launch", "deepspeed", *RECIPE, *words)
-    assert code == 2
-    assert "DeepSpeed cannot carry 'views.crop.crop=[0.5, 1]' to other hosts" in err
-    code, out, _ = medpretrain("launch", "deepspeed", *RECIPE, *words, "--no-ssh", "--node-rank", "0")
+@pytest.fixture
+def deepspeed(medpretrain, monkeypatch, tmp_path, site):
+    """deepspeed(word, ...): exit code, output and errors of a dry run on two hosts with four slots."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hostfile").write_text("gpu01 slots=4\ngpu02 slots=4\n")
+    return lambda *words: medpretrain("launch", "deepspeed", *RECIPE, "--dry-run", *words)
+
+
+def remote_lines(out):
+    """What pdsh would have the hosts' shells do, for the gate and the run."""
+    words = shlex.split(out)
+    return [words[place + 1] for place, word in enumerate(words) if word == "%h"]
+
+
+def test_all_hosts_of_a_hostfile_start_at_once(deepspeed, tmp_path):
+    (tmp_path / "hostfile").write_text("".join(f"h{number} slots=1\n" for number in range(64)))
+    code, out, _ = deepspeed()
     assert code == 0
-    assert "'views.crop.crop=[0.5, 1]'" in out
+    assert out.count(" -f 64 -R exec -w h0,h1,") == 2
+
+
+def test_passwords_are_not_on_a_command_line(deepspeed, monkeypatch, site):
+    site("environment: {NCCL_DEBUG: INFO}")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hunter2")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:hunter3@mlflow.example")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "retina")
+    code, out, err = deepspeed()
+    assert code == 0
+    assert "hunter" not in out + err
+    assert err.count("MLFLOW_TRACKING_PASSWORD, MLFLOW_TRACKING_URI: not carried to the hosts") == 1
+    assert ".mlflow/credentials on gpu01" in err
+    assert out.count("export MLFLOW_EXPERIMENT_NAME=retina\n") == out.count("export NCCL_DEBUG=INFO\n") == 2
+
+    site("environment: {MLFLOW_TRACKING_URI: 'https://me:hunter2@mlflow.example'}")
+    for ssh in ((), ("--no-ssh", "--node-rank", "0")):
+        code, out, err = deepspeed(*ssh)
+        assert code == 2
+        assert "MLFLOW_TRACKING_URI holds a password" in err
+        assert "hunter" not in out + err
+
+
+def test_the_gate_rehearses_on_the_chosen_slots(deepspeed):
+    words = ("--include", "gpu02:2,3@gpu01:0,1")
+    code, out, _ = deepspeed(*words)
+    assert code == 0
+    gate, run = remote_lines(out)
+    assert "--nodes 2 --gpus 2 --head gpu01:29499 --hosts gpu01,gpu02 --name %h" in gate
+    assert "case %h in gpu02) export CUDA_VISIBLE_DEVICES=2,3;; esac\nexec " in gate
+    world = re.search(r"--world_info=(\S+)", run)
+    assert json.loads(base64.urlsafe_b64decode(world[1])) == {"gpu01": [0, 1], "gpu02": [2, 3]}
+    for rank, seen in (("0", False), ("1", True)):
+        code, out, _ = deepspeed(*words, "--no-ssh", "--node-rank", rank)
+        assert code == 0
+        assert ("CUDA_VISIBLE_DEVICES=2,3" in out.partition("launchers.on_host")[0]) == seen
+
+
+def test_the_gate_refuses_uneven_slots_and_training_takes_them(deepspeed):
+    uneven = ("--exclude", "gpu02:0,1", "train.global_batch=48")
+    code, _, err = deepspeed(*uneven)
+    assert code == 2
+    assert "slots are: gpu01 4, gpu02 2" in err
+    assert all(option in err for option in ("--include", "--exclude", "--no-preflight"))
+    code, out, _ = deepspeed(*uneven, "--no-preflight")
+    assert code == 0
+    assert len(remote_lines(out)) == 1
+
+
+def test_without_ssh_training_has_the_setup_and_the_environment_of_the_site(deepspeed, site):
+    site('setup: ["module load cuda"]\nenvironment: {NCCL_SOCKET_IFNAME: ib0}\n')
+    code, out, _ = deepspeed("--no-ssh", "--node-rank", "1")
+    assert code == 0
+    gate, run = out.split("OMP_NUM_THREADS=1")[1:]
+    for command in (gate, run):
+        assert "NCCL_SOCKET_IFNAME=ib0" in command
+        assert "module load cuda\nexec" in command
+    assert "deepspeed.launcher.launch" in run
+    assert "--node_rank=1 --no_local_rank --module medpretrain train simclr" in run
+
+
+@pytest.mark.parametrize("folder", [".", "/", "runs/.."])
+def test_a_run_folder_without_a_name_is_refused(medpretrain, monkeypatch, tmp_path, site, folder):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = medpretrain("launch", "slurm", *RECIPE, "--dry-run", f"run.dir={folder}")
+    assert code == 2
+    assert f"run.dir={folder}: give a folder by its name" in err
+
+
+def test_an_image_that_no_process_would_run_in_is_said(deepspeed, medpretrain, site):
+    site("image: /images/train.sqsh\ngpus: 4\n")
+    for code, _, err in (deepspeed(), medpretrain("launch", "torchrun", *RECIPE, "--dry-run")):
+        assert code == 0
+        assert "image: of the site file is not used here" in err
 
 
 @pytest.mark.parametrize(
