@@ -9,12 +9,11 @@ from __future__ import annotations
 import base64
 import json
 import os
-import re
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -24,6 +23,7 @@ from launchers.head import Head
 from launchers.hostfile import Slots
 from launchers.job import Job
 from launchers.on_host import OVER_SSH, RANKS
+from launchers.passwords import without_passwords
 from launchers.pdsh import CONNECT_S, Pdsh, ssh, verbatim
 from launchers.site import SECRET_NAMES, Site
 
@@ -31,7 +31,6 @@ PORT = 29500
 """Of the rendezvous; preflight meets at the one below."""
 _CARRIED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
 """Beginnings of variables that hosts get from here, as by DeepSpeed."""
-_PASSWORD = re.compile(r"://[^\s/:@]*:\S*@")
 
 
 @dataclass(frozen=True)
@@ -139,22 +138,16 @@ def preflight(job: Job, site: Site, hosts: Hosts) -> Command:
 
 
 def environment(site: Site) -> dict[str, str]:
-    """What every process is given.
-
-    Raises:
-        UserError: a password is in it, which a command line would show.
-    """
-    if shown := _with_password(site.environment):
-        raise UserError(
-            f"environment: of the site file: {', '.join(shown)} holds a password, and command lines would show it; "
-            "leave it out there"
-        )
+    """What every process is given."""
     return {"OMP_NUM_THREADS": "1"} | site.environment
 
 
 def kept_here() -> list[str]:
     """The variables that the hosts would get from here, but for what their values would give away."""
-    return _with_password({name: value for name, value in os.environ.items() if name.startswith(_CARRIED)})
+    carried = {name: value for name, value in os.environ.items() if name.startswith(_CARRIED)}
+    return sorted(
+        name for name, value in carried.items() if SECRET_NAMES.search(name) or without_passwords(value) != value
+    )
 
 
 def _over_ssh(site: Site, hosts: Hosts, words: Sequence[str], last: Sequence[str] = ()) -> Pdsh:
@@ -173,7 +166,3 @@ def _over_ssh(site: Site, hosts: Hosts, words: Sequence[str], last: Sequence[str
 
 def _on_host(words: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", "launchers.on_host", *words]
-
-
-def _with_password(variables: Mapping[str, str]) -> list[str]:
-    return sorted(name for name, value in variables.items() if SECRET_NAMES.search(name) or _PASSWORD.search(value))
