@@ -28,11 +28,14 @@ _LOGS = {
 }
 
 
-def to_yaml(manifests: Manifest | Sequence[Manifest], made_by: str = "medpretrain launch kubernetes") -> str:
+def to_yaml(
+    manifests: Manifest | Sequence[Manifest], made_by: str = "medpretrain launch kubernetes", *, again: bool = True
+) -> str:
     """The manifests as one text; its first lines say how it was made, and how to start, follow, stop and go on.
 
     Args:
         made_by: the command line, without anything secret.
+        again: whether the same manifest goes on with the run; one with `--resume` begins where it says.
     """
     listed = [manifests] if isinstance(manifests, dict) else list(manifests)
     yaml = YAML()
@@ -40,7 +43,7 @@ def to_yaml(manifests: Manifest | Sequence[Manifest], made_by: str = "medpretrai
     yaml.width = 4096
     yaml.representer.ignore_aliases = lambda data: True  # type: ignore[assignment]
     text = io.StringIO()
-    text.write("".join(f"# {line}".rstrip() + "\n" for line in _header(listed, made_by)))
+    text.write("".join(f"# {line}".rstrip() + "\n" for line in _header(listed, made_by, again)))
     yaml.dump_all([_readable(manifest) for manifest in listed], text)
     return text.getvalue()
 
@@ -80,7 +83,7 @@ def submit(text: str, namespace: str, file: Path | None = None) -> str:
     return _create(text, namespace)
 
 
-def _header(manifests: list[Manifest], made_by: str) -> list[str]:
+def _header(manifests: list[Manifest], made_by: str, again: bool) -> list[str]:
     lines = [f"Made by: {' '.join(made_by.split())}"]
     runs = [manifest for manifest in manifests if manifest["kind"] in _LOGS]
     if not runs:
@@ -97,10 +100,11 @@ def _header(manifests: list[Manifest], made_by: str) -> list[str]:
     stop = "kubectl delete --cascade=foreground -f FILE"
     if any(run["kind"] == "Job" for run in runs):
         return [*lines, f"Stop:    {stop}", f"Go on:   {stop} && kubectl create -f FILE (parts that are done stay)"]
+    go_on = f"{stop} && kubectl create -f FILE (from the last checkpoint)"
     return [
         *lines,
         f"Stop:    {stop} (waits while a checkpoint is committed)",
-        f"Go on:   {stop} && kubectl create -f FILE (from the last checkpoint)",
+        f"Go on:   {go_on if again else 'the same command without --resume'}",
     ]
 
 

@@ -217,7 +217,7 @@ def kubernetes(
         run = by_kubernetes.job_set(job, found, **how)
     else:
         run = by_kubernetes.train_job(job, found, **how, patch=patch)
-    _create([*([recipe_file] if recipe_file else []), run], found, dry_run)
+    _create([*([recipe_file] if recipe_file else []), run], found, dry_run, again=resume == "auto")
 
 
 @app.command("kubernetes-runtime")
@@ -420,8 +420,8 @@ def _submit(
         raise WorkFailed(f"job {job.number} ended as {state}; {job.log} says why. Resume: {resume}")
 
 
-def _create(manifests: list[Manifest], site: Site, dry_run: bool) -> None:
-    text = kubectl.to_yaml(manifests, shlex.join(["medpretrain", *sys.argv[1:]]))
+def _create(manifests: list[Manifest], site: Site, dry_run: bool, *, again: bool = True) -> None:
+    text = kubectl.to_yaml(manifests, shlex.join(["medpretrain", *sys.argv[1:]]), again=again)
     if dry_run:
         typer.echo(text, nl=False)
         return

@@ -104,6 +104,11 @@ def test_the_first_lines_say_how_to_follow_stop_and_go_on():
     assert "--max-log-requests=40 -l batch.kubernetes.io/job-name=prep" in wide
 
 
+def test_a_manifest_that_begins_where_it_says_is_no_way_to_go_on():
+    assert "kubectl create -f FILE (from the last checkpoint)" in to_yaml(train_job(JOB, SITE, **RUN))
+    assert "# Go on:   the same command without --resume\n" in to_yaml(train_job(JOB, SITE, **RUN), again=False)
+
+
 def test_the_cluster_is_asked_before_anything_is_made(stand_in):
     calls = stand_in(create=(0, "trainjob.trainer.kubeflow.org/dino created\n", ""))
     text = to_yaml(train_job(JOB, SITE, **RUN))
