@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn
 
+from launchers.on_host import noted_signals
 from launchers.site import Site
 
 
@@ -30,9 +33,18 @@ class Command:
         return " \\\n    ".join([*variables, shlex.join(self.words)])
 
     def run(self) -> int:
-        """The exit code."""
+        """The exit code; signals to this process are passed on, and its end waited for."""
         sys.stdout.flush()
-        return subprocess.run(list(self.words), env=os.environ | self.environment, check=False).returncode
+        with noted_signals() as asked:
+            process = subprocess.Popen(list(self.words), env=os.environ | self.environment)
+            told = 0
+            while process.poll() is None:
+                for number in asked[told:]:
+                    told += 1
+                    if number != signal.SIGINT:  # which the terminal sends to both
+                        process.send_signal(number)
+                time.sleep(0.1)
+            return process.returncode or (128 + asked[0] if asked else 0)
 
     def become(self) -> NoReturn:
         """Take this process's place, so that signals and the exit code are the command's."""

@@ -381,9 +381,7 @@ def _run(gates: list[Command], train: Command, dry_run: bool) -> None:
     for gate in gates:
         code = gate.run()
         if code:
-            raise WorkFailed(
-                "preflight found what must be mended first, so nothing was trained (--no-preflight trains)"
-            )
+            raise WorkFailed("the preflight did not pass, so nothing was trained (--no-preflight goes without)")
     train.become()
 
 

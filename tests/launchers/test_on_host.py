@@ -81,3 +81,18 @@ def test_what_a_command_leaves_behind_is_ended_with_it(on_host):
     while Path(f"/proc/{left}/cmdline").exists() and Path(f"/proc/{left}/cmdline").read_bytes():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_a_gate_is_told_of_signals_and_what_follows_it_does_not_run():
+    script = f"""
+from launchers.command import Command
+code = Command(["sh", "-c", {WAITS!r}]).run()
+print("gate", code, flush=True)
+"""
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", script], stdout=pipe, cwd=Path(__file__).parents[2], text=True) as one:
+        assert one.stdout.readline() == "ready\n"
+        one.send_signal(signal.SIGTERM)
+        assert one.stdout.readline() == "committed\n"
+        assert one.stdout.readline() == "gate 75\n"
+        assert one.wait(20) == 0
