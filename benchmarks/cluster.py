@@ -1,6 +1,6 @@
 """A shipped recipe on real hosts, as users launch it, while workers, hosts and queues do their worst.
 
-    sudo python -m benchmarks.cluster IMAGES [--labels mednist] [--steps 160] [--out benchmarks/results]
+    sudo PYTHONPATH=. python benchmarks/cluster.py IMAGES [--labels mednist] [--steps 160] [--out benchmarks/results]
 
 Hosts are network namespaces of this machine, with SLURM's own programs (tests/cluster/packages.txt). IMAGES are
 prepared by an array of four parts. `medpretrain launch slurm`, its preflight first, is pre-empted, then loses a node;
@@ -208,7 +208,7 @@ def main() -> None:
             found["torchrun"] = under_torchrun(hosts, data, runs["torchrun"], given.steps)
             for name, run in runs.items():
                 found[name] |= compared(run, folder / "whole", given.steps)
-    command = f"python -m benchmarks.cluster {given.images.name} --steps {given.steps}"
+    command = f"PYTHONPATH=. python benchmarks/cluster.py {given.images.name} --steps {given.steps}"
     about = (
         f"`{command}`: {RECIPE}, a checkpoint every {EVERY} steps; {jobs.machine()}; "
         f"SLURM starts a requeued job after 15 s; {time.monotonic() - began:.0f} s in all."
