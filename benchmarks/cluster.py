@@ -210,7 +210,7 @@ def main() -> None:
                 found[name] |= compared(run, folder / "whole", given.steps)
     command = f"PYTHONPATH=. python benchmarks/cluster.py {given.images.name} --steps {given.steps}"
     about = (
-        f"`{command}`: {RECIPE}, a checkpoint every {EVERY} steps; {jobs.machine()}; "
+        f"`{command}`: {RECIPE}, a checkpoint every {EVERY} steps; {jobs.machine().replace(' on loopback', '')}; "
         f"SLURM starts a requeued job after 15 s; {time.monotonic() - began:.0f} s in all."
     )
     print(text := markdown(about, found))
