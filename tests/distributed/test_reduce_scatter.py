@@ -41,8 +41,8 @@ dist.destroy_process_group()
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("world", [2, 3])
-def test_each_rank_gets_its_part_of_the_sum_and_sends_others_theirs_alone(world, run_ranks, tmp_path):
+def test_each_rank_gets_its_part_of_the_sum_and_sends_others_theirs_alone(run_ranks, tmp_path):
+    world = 3
     data = torch.randn(world, 4 * world, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(world))
     torch.save(data, tmp_path / "data")
     run_ranks(["-c", WORKER, str(tmp_path / "data"), str(tmp_path), str(HERE)], world)

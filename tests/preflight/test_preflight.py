@@ -101,7 +101,6 @@ def test_a_run_that_goes_on_is_checked_as_train_would(recipe, tmp_path):
     assert failure("optim.lr=0.5", override=("train.steps", "optim.lr")) is None
     (total,) = (row for row in json.loads(out.read_text())["rows"] if row["check"] == "total time")
     assert "for the last 10 of 30 steps" in total["figures"]
-    assert "has checkpoints already and --resume never" in failure(resume="never")
     with (run / ".lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert f"another process is training in {run}" in failure(override=("train.steps",))
