@@ -95,6 +95,10 @@ def test_a_host_that_is_loopback_to_itself_is_named_and_trains_with_what_is_advi
         table.write_text(f"127.0.0.1 localhost\n127.0.1.1 b\n{hosts['a'].address} a\n")
         hosts["b"].bind(table, "/etc/hosts")
 
+        for host in hosts:
+            shown = host.run([*launch, "--dry-run"], env=ENVIRONMENT, cwd=tmp_path)
+            assert f" --local-addr={host.address} " in shown.stdout, "what others are told is an address, not a name"
+
         def agents(**more):
             started = [host.start(launch, env=ENVIRONMENT | more, cwd=tmp_path) for host in hosts]
             return [agent.wait(240) for agent in started], started[0].said()
@@ -107,19 +111,5 @@ def test_a_host_that_is_loopback_to_itself_is_named_and_trains_with_what_is_advi
         assert not run.exists()
         codes, said = agents(GLOO_SOCKET_IFNAME="eth0")
         assert codes == [0, 0], said[-3000:]
-    assert committed(run)[-1] == 20
-
-
-def test_the_gate_passes_and_both_hosts_train(small_dataset, tmp_path):
-    recipe, run = write_recipe(tmp_path, small_dataset, 20), tmp_path / "run"
-    launch = [*MEDPRETRAIN, "launch", "torchrun", recipe, f"run.dir={run}"]
-    launch += ["--nodes", "2", "--gpus", "1", "--head", "a", "--hosts", "a,b"]
-    with Hosts(["a", "b"], tmp_path) as hosts:
-        for host in hosts:
-            shown = host.run([*launch, "--dry-run"], env=ENVIRONMENT, cwd=tmp_path)
-            assert f" --local-addr={host.address} " in shown.stdout, "what others are told is an address, not a name"
-        agents = [host.start(launch, env=ENVIRONMENT, cwd=tmp_path) for host in hosts]
-        for agent in agents:
-            assert agent.wait(240) == 0, agent.said()[-3000:]
-    assert "preflight of 2 hosts: " in agents[0].said()
+        assert "preflight of 2 hosts: " in said, "the gate"
     assert committed(run)[-1] == 20
