@@ -103,8 +103,9 @@ def end(error: BaseException) -> NoReturn:
 
 def _spare_restarts(code: int) -> None:
     """End the torchrun that `medpretrain launch` started where a restart would come to the same: it knows no exit code
-    after which it does not start its processes again."""
-    if code in (Exit.USER_ERROR, Exit.NO_PROGRESS) and END_AGENT in os.environ and os.getppid() != 1:
+    after which it does not start its processes again. The gate before it has the variable too, and another parent."""
+    under_torchrun = {END_AGENT, "TORCHELASTIC_RUN_ID"} <= os.environ.keys() and os.getppid() != 1
+    if code in (Exit.USER_ERROR, Exit.NO_PROGRESS) and under_torchrun:
         os.kill(os.getppid(), signal.SIGTERM)
 
 

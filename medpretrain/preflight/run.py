@@ -303,7 +303,7 @@ def _everything(
 def _refuse_unwritable(file: Path) -> None:
     """
     Raises:
-        UserError: after an hour of looking it could not be written.
+        UserError: the table could not be written when all is measured.
     """
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from launchers.torchrun import END_AGENT
 from medpretrain.health import last_words
 
 SECRET = "tracking.uri=https://me:secret@mlflow.example"
@@ -121,3 +123,18 @@ def test_torchruns_summary_shows_the_cause_and_the_line_shows_torchruns_command(
         assert ", rank 1 of 2: out of GPU memory (CUDA out of memory). More train.micro_batches" in text
     assert "-m torch.distributed.run --rdzv-backend=c10d" in summary
     assert "rank      : 1" in summary
+
+
+@pytest.mark.parametrize(
+    ("code", "torchrun", "told"), [(2, True, True), (76, True, True), (1, True, False), (2, False, False)]
+)
+def test_only_a_torchrun_is_ended_and_not_whoever_started_a_gate(monkeypatch, code, torchrun, told):
+    killed = []
+    monkeypatch.setattr(os, "kill", lambda pid, number: killed.append(pid))
+    monkeypatch.setattr(os, "getppid", lambda: 4711)
+    monkeypatch.setenv(END_AGENT, "1")
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    if torchrun:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    last_words._spare_restarts(code)
+    assert killed == ([4711] if told else [])
