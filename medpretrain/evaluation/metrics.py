@@ -12,14 +12,63 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from data_prep.errors import UserError
 
 
+class ClassMetrics(BaseModel):
+    """One class against all others; all from 0 to 1."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    n: int
+    """Images of it."""
+    auroc: float
+    aupr: float
+    sensitivity: float
+    """Of the images of the class, the part that is called so; also recall."""
+    specificity: float
+    precision: float | None
+    """None where no image was called so."""
+    f1: float
+
+
+class CalibrationBin(BaseModel):
+    """Images whose highest score lies in (low, high]."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    low: float
+    high: float
+    n: int
+    confidence: float | None
+    """Mean of the highest score; None for no image."""
+    accuracy: float | None
+
+
 class Metrics(BaseModel):
-    """All from 0 to 1."""
+    """All from 0 to 1, but for the Brier score (0 to 2)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     accuracy: float
+    balanced_accuracy: float
+    """Mean sensitivity of the classes."""
     auroc: float
     aupr: float
+    sensitivity: float
+    """Of two classes that of the second, else the mean over classes; `specificity` and `f1` alike."""
+    specificity: float
+    f1: float
+    brier: float
+    """Mean over images of the sum over classes of (score - truth)^2."""
+    ece: float
+    """Expected calibration error: over 15 bins of the highest score."""
+    per_class: list[ClassMetrics]
+    confusion: list[list[int]]
+    """Rows: true class; columns: the class of the highest score."""
+    calibration: list[CalibrationBin]
+
+
+SCALARS = ("accuracy", "balanced_accuracy", "auroc", "aupr", "sensitivity", "specificity", "f1", "brier", "ece")
+"""The fields of `Metrics` that are one number."""
 
 
 def metrics(scores_NK: NDArray[np.floating], labels_N: NDArray[np.integer], classes: Sequence[str]) -> Metrics:

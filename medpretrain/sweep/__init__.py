@@ -1,0 +1,1 @@
+"""One recipe that expands to many runs."""
