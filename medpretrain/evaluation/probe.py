@@ -2,40 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
-
 import numpy as np
 import torch
-from annotated_types import Ge, Gt
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.nn import functional
 
-from data_prep.errors import UserError, WorkFailed, nearest
-from medpretrain.data.counter import hash64, purpose, uniform
-from medpretrain.data.order import permute
-from medpretrain.training.schedules import warmup_cosine
-
-_ORDER = purpose("batches of a classifier")
-_INIT = purpose("weights of a classifier")
+from data_prep.errors import UserError, nearest
+from medpretrain.evaluation.classifier import Training, epoch_order, first_linear, learning_rate, refuse_not_finite
 
 
-class ProbeSetting(BaseModel):
+class ProbeSetting(Training):
     """How a linear layer is trained. What a paper does not say has the default of its optimizer in torch."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str
-    optimizer: Literal["adam", "adamw"]
-    lr: Annotated[float, Gt(0)]
-    schedule: Literal["constant", "cosine", "step"]
-    """cosine: to 0 at the last step, a value a step. step: times `gamma` every `step_epochs` epochs (StepLR)."""
-    epochs: Annotated[int, Ge(1)]
-    batch: Annotated[int, Ge(1)]
-    weight_decay: Annotated[float, Ge(0)]
-    step_epochs: Annotated[int, Ge(1)] = 5
-    gamma: Annotated[float, Gt(0)] = 0.1
     standardise: bool = False
     """Subtract the training features' mean and divide by their deviation; no paper here says it does."""
 
@@ -123,7 +102,7 @@ def _train(layer: nn.Linear, x_ND: Tensor, y_N: Tensor, setting: ProbeSetting, s
         x_epoch, y_epoch, total = x_ND[order], y_N[order], torch.zeros((), device=x_ND.device)
         for x, y in zip(x_epoch.split(setting.batch), y_epoch.split(setting.batch), strict=True):
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(setting, epoch, step, steps * setting.epochs)
+                group["lr"] = learning_rate(setting, epoch, step, steps)
             optimizer.zero_grad()
             loss = functional.cross_entropy(layer(x), y)
             loss.backward()
@@ -131,47 +110,3 @@ def _train(layer: nn.Linear, x_ND: Tensor, y_N: Tensor, setting: ProbeSetting, s
             total += loss.detach()
             step += 1
         refuse_not_finite(float(total), f"the {setting.name} probe", epoch, setting.lr)
-
-
-def learning_rate(setting: ProbeSetting, epoch: int, step: int, steps: int) -> float:
-    """Of one step of `steps` in all.
-
-    >>> [learning_rate(MODAN, epoch, 0, 1) for epoch in (0, 4, 5, 9)]
-    [0.0001, 0.0001, 1e-05, 1e-05]
-    """
-    if setting.schedule == "cosine":
-        return warmup_cosine(step, total=steps, warmup=0, base=setting.lr, final=0.0)
-    if setting.schedule == "step":
-        return setting.lr * setting.gamma ** (epoch // setting.step_epochs)
-    return setting.lr
-
-
-def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
-    """The order of `count` training images in an epoch: (count,) int64, the same on any device and any threads.
-
-    >>> sorted(epoch_order(5, seed=1, epoch=0).tolist()), epoch_order(5, 1, 0).equal(epoch_order(5, 1, 1))
-    ([0, 1, 2, 3, 4], False)
-    """
-    return torch.from_numpy(permute(np.arange(count), count, hash64(seed, _ORDER, epoch)))
-
-
-def first_linear(inputs: int, outputs: int, seed: int) -> nn.Linear:
-    """torch's own distribution of first weights, uniform in +-1 / sqrt(inputs), as a function of the seed alone."""
-    bound = inputs**-0.5
-    drawn = uniform(seed, _INIT, np.arange(outputs * (inputs + 1)), low=-bound, high=bound).astype(np.float32)
-    layer = nn.utils.skip_init(nn.Linear, inputs, outputs)
-    with torch.no_grad():
-        layer.weight.copy_(torch.from_numpy(drawn[: outputs * inputs]).view(outputs, inputs))
-        layer.bias.copy_(torch.from_numpy(drawn[outputs * inputs :]))
-    return layer
-
-
-def refuse_not_finite(loss: float, what: str, epoch: int, lr: float) -> None:
-    """Raises:
-    WorkFailed: the loss is not finite.
-    """
-    if not np.isfinite(loss):
-        raise WorkFailed(
-            f"the loss of {what} is not finite in epoch {epoch + 1} at a learning rate of {lr:g}; "
-            "look at the scale of the features, or take a smaller rate"
-        )
