@@ -1,4 +1,4 @@
-"""How a classifier is trained on few images: its order, first weights and learning rate, functions of the seed alone."""
+"""How a classifier is trained on few images: order, first weights and learning rate as functions of the seed."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from annotated_types import Ge, Gt, Le
 from numpy.typing import NDArray
+from pydantic import model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -48,10 +49,16 @@ class FinetuneSetting(Training):
     choose: Literal["last", "val"] = "last"
     """Which epoch is scored; val: the one of the lowest cross-entropy on the val images."""
 
+    @model_validator(mode="after")
+    def _fits(self) -> FinetuneSetting:
+        if self.layer_decay is not None and self.optimizer != "adamw":
+            raise ValueError("layer_decay goes with optimizer adamw")
+        return self
+
 
 MODAN = FinetuneSetting(name="modan", optimizer="adam", lr=1e-4, schedule="step", epochs=10, batch=32, weight_decay=0.0)
-"""ModAn-MulSupCon, Table 3: StepLR(5, 0.1), all layers. Silent about weight decay (torch's Adam: 0), augmentation (none)
-and the head (linear)."""
+"""ModAn-MulSupCon, Table 3: StepLR(5, 0.1), all layers. Silent about weight decay (torch's Adam: 0), augmentation
+(none) and the head (linear)."""
 REPORT = FinetuneSetting(
     name="report",
     optimizer="adam",
@@ -64,14 +71,14 @@ REPORT = FinetuneSetting(
     frozen_epochs=10,
     frozen_lr=1e-3,
 )
-"""The SimCLR and Barlow Twins report, 3.2.1: 10 epochs of the head alone, 30 of all. It does not say optimizer, learning
-rates, batch, decay or augmentation; those are ours: torch's Adam with 1e-3 for the head alone and 1e-4 for all."""
+"""The SimCLR and Barlow Twins report, 3.2.1: 10 epochs of the head alone, 30 of all. It does not say optimizer,
+learning rates, batch, decay or augmentation. Those are ours: torch's Adam, 1e-3 for the head alone, 1e-4 for all."""
 PLAIN = FinetuneSetting(
-    name="plain", optimizer="adamw", lr=1e-3, schedule="cosine", warmup_epochs=5, epochs=50, batch=64, weight_decay=0.05
+    name="plain", optimizer="adamw", lr=3e-4, schedule="cosine", warmup_epochs=5, epochs=50, batch=64, weight_decay=0.05
 )
 """Ours: all layers at one learning rate, with a warm-up."""
-LAYER_DECAY = PLAIN.model_copy(update={"name": "layer_decay", "layer_decay": 0.75})
-"""As `plain`, with 0.75 a layer: 0.65 to 0.75 in BEiT and MAE."""
+LAYER_DECAY = PLAIN.model_copy(update={"name": "layer_decay", "lr": 1e-3, "layer_decay": 0.75})
+"""As `plain`, with 0.75 a layer (0.65 to 0.75 in BEiT and MAE) below a higher rate."""
 SETTINGS = {setting.name: setting for setting in (REPORT, MODAN, PLAIN, LAYER_DECAY)}
 
 
@@ -167,7 +174,8 @@ def finetune_scores(
         loss = tuner.train_head() if setting.frozen_epochs else float("nan")
         held_out = images_of(val, in_memory_bytes) if val is not None and setting.choose == "val" else None
         best, scored, kept = float("inf"), setting.epochs, None
-        for epoch, loss in enumerate(tuner.train_all()):
+        for epoch, mean in enumerate(tuner.train_all()):
+            loss = mean
             if held_out is not None:
                 found = _cross_entropy(model, held_out)
                 if found < best:
@@ -250,7 +258,6 @@ def _optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW decays weights but no biases and norms, as everywhere in medpretrain; Adam is torch's own."""
     if setting.optimizer == "adam":
-        assert layer_decay is None, "layer-wise rates go with adamw"
         return torch.optim.Adam(model.parameters(), lr=lr, weight_decay=setting.weight_decay, fused=True)
     scales = None
     if layer_decay is not None:

@@ -111,7 +111,7 @@ def test_a_start_changes_the_steps_and_not_the_scores() -> None:
 
 
 def test_copies_of_a_feature_and_separable_classes_are_no_trouble() -> None:
-    x, y, t = correlated(200, 40, 3, rank=5)
+    x, y, _ = correlated(200, 40, 3, rank=5)
     assert Regression(x, y, 3).fit(10.0).converged
     x[np.arange(200), y] += 10.0
     optimum = Regression(x, y, 3).fit(10.0)
@@ -120,7 +120,7 @@ def test_copies_of_a_feature_and_separable_classes_are_no_trouble() -> None:
 
 
 def test_features_of_very_different_scales_still_end_at_the_optimum() -> None:
-    x, y, t = correlated(200, 10, 3)
+    x, y, _ = correlated(200, 10, 3)
     x[np.arange(200), y] += 1000.0
     optimum = Regression(x, y, 3).fit(10.0)
     assert optimum.gradient < 1e-7, "digits of x beyond float32 are needed here, and used"
