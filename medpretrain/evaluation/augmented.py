@@ -89,7 +89,7 @@ def augmented(
             made = [apply(crop, view, parameters, mean, std) for crop, parameters in zip(crops, drawn, strict=True)]
             yield torch.stack(made, dim=1)[:left]
             left -= batch
-    except DecodeError as error:
+    except (DecodeError, OSError) as error:
         raise WorkFailed(
             f"an image of {dataset.path} does not decode ({error}), and none is left out or replaced where something "
             f"is measured; 'medpretrain prep verify {dataset.path}' finds all that are damaged"
