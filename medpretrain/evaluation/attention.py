@@ -73,7 +73,11 @@ def class_attention(backbone: nn.Module, images_nCSS: Tensor) -> Attention:
         layer.fused_attn = fused
     (weights_nHTT,) = seen
     prefix = network.num_prefix_tokens
-    high, wide = (side // patch for side, patch in zip(images_nCSS.shape[2:], network.patch_embed.patch_size, strict=True))
+    high, wide = (
+        side // patch for side, patch in zip(images_nCSS.shape[2:], network.patch_embed.patch_size, strict=True)
+    )
     of_class_nHT = weights_nHTT[:, :, 0].float()
-    assert of_class_nHT.shape[2] == prefix + high * wide, f"{of_class_nHT.shape[2]} tokens, not {prefix} + {high * wide}"
+    assert of_class_nHT.shape[2] == prefix + high * wide, (
+        f"{of_class_nHT.shape[2]} tokens, not {prefix} + {high * wide}"
+    )
     return Attention(of_class_nHT[:, :, prefix:].unflatten(2, (high, wide)), of_class_nHT[:, :, :prefix])

@@ -100,10 +100,7 @@ def view_features(backbone: nn.Module, images: Iterator[Tensor], device: torch.d
     """Features (N, V, D) of what `augmented` yields; the backbone is moved to the device, into eval mode."""
     backbone.to(device).eval()
     with torch.inference_mode():
-        parts = [
-            backbone(some.flatten(0, 1)).float().reshape(*some.shape[:2], -1).cpu().numpy()
-            for some in images
-        ]
+        parts = [backbone(some.flatten(0, 1)).float().reshape(*some.shape[:2], -1).cpu().numpy() for some in images]
     return np.concatenate(parts)
 
 

@@ -160,9 +160,7 @@ def _squared_distances(x_MD: Tensor, *, upper: bool) -> Iterator[tuple[int, Tens
         yield first, distances_mK
 
 
-def _over_views(
-    unit_MD: Tensor, labels_N: NDArray[np.integer], views: int
-) -> tuple[float | None, float, float | None]:
+def _over_views(unit_MD: Tensor, labels_N: NDArray[np.integer], views: int) -> tuple[float | None, float, float | None]:
     """SAA, CAD and CAC of M = N x V views, those of an image one after the other."""
     device, total = unit_MD.device, len(unit_MD)
     names, codes_N = np.unique(labels_N, return_inverse=True)  # a class without an image is no class here

@@ -120,9 +120,7 @@ def measure_space(
         raise UserError(f"{len(plain_ND)} features are given of {len(whole)} images")
     else:
         plain_ND = plain_ND[chosen]
-    made = augmented(
-        dataset, rows, used, preprocessing, views=views, seed=seed, device=device, threads=threads
-    )
+    made = augmented(dataset, rows, used, preprocessing, views=views, seed=seed, device=device, threads=threads)
     features_NVD = torch.from_numpy(view_features(source.backbone, made, device)).to(device)
     metrics, histogram = space_metrics(features_NVD, labels_N), distance_histogram(features_NVD)
 
