@@ -76,7 +76,7 @@ def _umap(x_NP: NDArray[np.float64], neighbours: int, seed: int) -> NDArray[np.f
     with warnings.catch_warnings():
         # That the images fall into unconnected parts is no fault: it is what is to be seen.
         warnings.filterwarnings("ignore", message=".*(connected|Spectral init).*", category=UserWarning)
-        import umap  # here, for it compiles for seconds
+        import umap  # type: ignore[import-untyped] # here, for it compiles for seconds
 
         mapper = umap.UMAP(n_neighbors=neighbours, min_dist=UMAP_MIN_DIST, random_state=seed, n_jobs=1)
         return mapper.fit_transform(x_NP).astype(np.float64)

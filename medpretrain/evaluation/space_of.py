@@ -41,7 +41,7 @@ MOST_IMAGES = 20_000
 """Distances are between all pairs of views: twice the images cost four times as much."""
 MOST_POINTS = 5_000
 QUERIES, NEIGHBOURS, ATTENTION_IMAGES = 2, 6, 6
-"""Images of each class whose neighbours are shown, neighbours of each, and how many of the first have attention maps."""
+"""Images of each class whose neighbours are shown; neighbours of each; how many of these images have attention maps."""
 
 
 class Measured(Protocol):
