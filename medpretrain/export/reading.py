@@ -57,9 +57,7 @@ def read_bundle(folder: Path) -> LoadedExport:
     refuse_not_finite(state, f"the weights of {folder}")
     _load(backbone, state, description.stem, folder)
     provenance = {key: value for key, value in header.items() if key not in ("format", "preprocessing", "export")}
-    return LoadedExport(
-        name, backbone.eval(), architecture, description.stem, preprocessing, provenance, description
-    )
+    return LoadedExport(name, backbone.eval(), architecture, description.stem, preprocessing, provenance, description)
 
 
 def _read_weights(path: Path, sha256: str | None) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,7 @@ def write_timm(
     save_for_hf(plain, str(folder), model_config=config, safe_serialization=True)
     # Again, for timm's writer takes no metadata; `format` is what transformers and others look for.
     save_file(load_file(folder / WEIGHTS), folder / WEIGHTS, {"format": "pt", **metadata})
+    _sort_header(folder / WEIGHTS)
     features: Any = plain.num_features
     return int(features)
 
@@ -99,6 +101,18 @@ def enlargement_note(size: int) -> str:
         f"trained on {size} x {size} pixels with a 3x3 first convolution of stride 1, stored as an equal 7x7 one of "
         f"stride 2: prepare the image at {size} x {size}, then repeat each pixel twice in both directions (2x, nearest)"
     )
+
+
+def _sort_header(file: Path) -> None:
+    """safetensors writes its metadata in an order of chance; the same export is to have the same bytes."""
+    with file.open("r+b") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+        assert len(text) == length, "JSON written in another way"
+        opened.seek(8)
+        opened.write(text)
 
 
 def _claim_only_this_run(
