@@ -1,9 +1,9 @@
 """The lines of a card that load each form of an export and feed it an image file, as evaluation would.
 
-They need numpy and Pillow beside the form's own package. The resize is that of medpretrain's pipeline: a triangle filter
-as wide as the reduction, in floating point, which beyond the border goes on with the last pixel; Pillow's own leaves
-such weights out, and rounds between its two passes, so the image is padded, each channel is resized as floats, and of
-the padded image `box` takes the middle.
+They need numpy and Pillow beside the form's own package. The resize is that of medpretrain's pipeline: a triangle
+filter as wide as the reduction, in floating point, which beyond the border goes on with the last pixel. Pillow's own
+leaves such weights out, and rounds between its two passes; so the image is padded, each channel is resized as floats,
+and `box` takes the middle of the padded image.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -44,14 +45,9 @@ def refuse_without_packages(forms: tuple[Form, ...]) -> None:
     """
     if "onnx" not in forms:
         return
-    try:
-        import onnx
-        import onnxruntime
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            f"the form onnx needs {error.name}, which the train extra brings; --forms timm,pt2 leaves it out"
-        ) from None
+    missing = [package for package in ("onnx", "onnxruntime", "onnxscript") if find_spec(package) is None]
+    if missing:
+        raise UserError(f"the form onnx needs {missing[0]}, which the train extra brings; --forms pt2 leaves it out")
 
 
 def trace(

@@ -30,6 +30,7 @@ from medpretrain.tracking.redaction import redact
 from medpretrain.tracking.session import RUN_TAG, artifact_location, brief, default_uri, failures
 from medpretrain.tracking.state import RunState
 
+_SERVED_WITH = ("mlflow", "numpy", "onnx", "onnxruntime")
 _TAG = "export_sha256"
 """Of a version: SHA-256 of the names and hashes of the export's files. A version of the same is not made twice, and
 two exports of one run never share a folder."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from kinds import KINDS, exported, trained
 from torch import nn
 
 from medpretrain.export.bundle import ExportReport
+from tests.export.kinds import KINDS, exported, trained
 
 
 @pytest.fixture(scope="session")

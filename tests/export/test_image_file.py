@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from kinds import KINDS, MEAN, STD
 from numpy.typing import NDArray
 from PIL import Image
+
+from tests.export.kinds import KINDS, MEAN, STD
 
 # As a stranger would: no PYTHONPATH, no medpretrain, the lines pasted into a Python started in the export's folder.
 STRANGER = """
