@@ -54,7 +54,9 @@ def test_it_learns(name: str, kind: str, images: Path, bundles: Any) -> None:
     link = images / "exports" / "retina"
     link.unlink(missing_ok=True)
     link.symlink_to(bundles[0] / kind)
-    prelude = "import sys\nsys.modules['medpretrain'] = sys.modules['data_prep'] = None\nimport torch; torch.manual_seed(0)\n"
+    prelude = (
+        "import sys\nsys.modules['medpretrain'] = sys.modules['data_prep'] = None\nimport torch; torch.manual_seed(0)\n"
+    )
     done = subprocess.run(
         [sys.executable, "-I", "-W", "ignore", "-c", prelude + blocks()[name]],
         cwd=images,
