@@ -136,12 +136,24 @@ def preflight(
 def export(
     run: RunFolder,
     out: Annotated[Path, typer.Argument(help="the folder to write")],
+    forms: Annotated[str, typer.Option(help="what to write beside the form for timm")] = "timm,onnx,pt2",
+    register: Annotated[
+        str | None, typer.Option(help="also a version of this model in MLflow's registry", show_default=False)
+    ] = None,
+    alias: Annotated[
+        list[str] | None, typer.Option(help="of the registered version; repeatable", show_default=False)
+    ] = None,
+    tracking_uri: Annotated[
+        str | None, typer.Option(help="MLflow's tracking URI; the run's own by default", show_default=False)
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier export")] = False,
 ) -> None:
-    """Export a run's backbone so that timm.create_model("local-dir:OUT", pretrained=True) loads it."""
+    """Export a run's backbone for timm, ONNX and torch.export; each is loaded back and compared before OUT appears."""
     from medpretrain.export.of_run import export_run
 
-    export_run(run, out, overwrite=overwrite)
+    export_run(
+        run, out, forms=forms, register=register, aliases=alias or (), tracking_uri=tracking_uri, overwrite=overwrite
+    )
 
 
 @app.command()
@@ -185,7 +197,7 @@ def main() -> None:
         format="%(message)s",
         handlers=[RichHandler(console=Console(stderr=True), show_path=False, show_time=False)],
     )
-    for chatty in ("mlflow", "alembic", "httpx", "timm", "nvidia", "matplotlib"):
+    for chatty in ("mlflow", "alembic", "httpx", "timm", "nvidia", "matplotlib", "onnxscript", "onnx_ir"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     last_words.remember(None)
     try:
