@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from data_prep.errors import UserError
-from medpretrain.data.views import Augmentation
+from medpretrain.data.views import Augmentation, View
 from medpretrain.recipe import Recipe
 
 Transformation = Literal["crop", "flip", "quarter_turns", "jitter", "grayscale", "blur", "noise", "bias_field"]
@@ -32,8 +32,8 @@ def asked_for(recipe: Recipe, names: Collection[Transformation]) -> tuple[Transf
     for name in names:
         if name not in there:
             raise UserError(
-                f"recipe {recipe.name} does not have the transformation {name!r} on; give its strength in the overrides, "
-                f"as in views.KIND.{name}=...; on are {', '.join(there) or 'none'}"
+                f"recipe {recipe.name} has {', '.join(there) or 'no transformation'} on, and not {name!r}; give "
+                f"its strength in the overrides, as in views.KIND.{name}=..."
             )
     if len(set(names)) < len(names):
         raise UserError("a transformation stands twice in transformations")
@@ -67,17 +67,24 @@ def apart(recipe: Recipe, first: Transformation, second: Transformation) -> list
     for kind, view in recipe.views.items():
         if view.count != 2:
             raise UserError(
-                f"recipe {recipe.name} has views.{kind}.count={view.count}; a pair, one on the first view and one on the "
-                "second, needs two: take pairs.how: together"
+                f"recipe {recipe.name} has views.{kind}.count={view.count}; a pair, one on the first view and one on "
+                "the second, needs two: take pairs.how: together"
             )
         overrides += [f"views.{kind}.{name}={json.dumps(_OFF[name])}" for name in _on(view) if name != first]
-        has = view.second if second in _on(view.second or _NONE) and second not in _on(view) else view
-        other = {second: has.model_dump(mode="json")[second]} | ({"ratio": list(has.ratio)} if second == "crop" else {})
-        overrides.append(f"views.{kind}.second={json.dumps(other)}")
+        if first not in _on(view):
+            overrides += [f"views.{kind}.{key}={json.dumps(value)}" for key, value in _strength(view, first).items()]
+        overrides.append(f"views.{kind}.second={json.dumps(_strength(view, second))}")
     return overrides
 
 
-_NONE = Augmentation()
+def _strength(view: View, name: Transformation) -> dict[str, Any]:
+    """What a transformation is in a kind of view, by field: of the first view, or of the second where only that has
+    it; nothing where neither has."""
+    for one in (view, view.second):
+        if one is not None and name in _on(one):
+            values = one.model_dump(mode="json")
+            return {key: values[key] for key in ((name, "ratio") if name == "crop" else (name,))}
+    return {}
 
 
 def _augmentations(recipe: Recipe) -> Iterator[tuple[str, Augmentation]]:
