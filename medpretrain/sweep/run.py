@@ -65,11 +65,12 @@ class Work:
         planned: PlannedRun,
         folder: Folder,
         launch: Sequence[str] = (),
-        program: Sequence[str] = PROGRAM,
+        program: Sequence[str] | None = None,
     ) -> Work:
         """
         Args:
             launch: words after `medpretrain launch`, where each training is to be launched so.
+            program: the words that start medpretrain, by default this one.
 
         Raises:
             UserError: the recipe names no dataset, or several and an evaluation none.
@@ -78,6 +79,7 @@ class Work:
         if not data:
             raise UserError("the recipe names no dataset; give one, as in data.path=shards/bloodmnist")
         start = ["launch", *launch] if launch else ["train"]
+        program = program or PROGRAM
         steps = [Step("train", (*program, *start, *words(run, where)))]
         for entry in sweep.evaluate:
             if len(data) > 1 and entry.dataset is None:
