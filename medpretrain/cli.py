@@ -15,6 +15,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 import data_prep.cli
+import medpretrain.cli_evaluate
 import medpretrain.cli_launch
 from data_prep.errors import UserError, WorkFailed
 from medpretrain.health import last_words
@@ -31,6 +32,7 @@ app.add_typer(data_prep.cli.app, name="prep")
 recipes_app = typer.Typer(help="List the shipped recipes, or show one resolved.", invoke_without_command=True)
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(medpretrain.cli_launch.app, name="launch")
+app.add_typer(medpretrain.cli_evaluate.app, name="evaluate")
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, as in optim.lr=3e-4", show_default=False)]
 RecipeName = Annotated[str, typer.Argument(help="a shipped recipe's name, or a .yaml file")]
@@ -128,40 +130,6 @@ def preflight(
         override=tuple(override or ()),
     )
     raise typer.Exit(0 if passed else 1)
-
-
-@app.command()
-def evaluate(
-    protocol: Annotated[str, typer.Argument(help="knn or linear")],
-    run: RunFolder,
-    dataset: Annotated[Path, typer.Argument(help="a folder that `medpretrain prep` wrote")],
-    label: Annotated[str, typer.Option(help="the label to predict")] = "class",
-    baseline: Annotated[
-        str | None, typer.Option(help="random: the same for the untrained backbone beside it", show_default=False)
-    ] = None,
-    train_split: str = "train",
-    test_split: str = "test",
-    k: Annotated[int, typer.Option(help="neighbours of kNN")] = 200,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
-    out: Annotated[
-        Path | None, typer.Option(help="the JSON file; RUN/evaluation/ by default", show_default=False)
-    ] = None,
-) -> None:
-    """Evaluate a run's frozen backbone: accuracy, AUROC and AUPR."""
-    from medpretrain.evaluation.of_run import evaluate_run
-
-    evaluate_run(
-        protocol,
-        run,
-        dataset,
-        label=label,
-        baseline=baseline,
-        train_split=train_split,
-        test_split=test_split,
-        k=k,
-        device=device,
-        out=out,
-    )
 
 
 @app.command()

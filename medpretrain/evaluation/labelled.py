@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,7 +81,7 @@ def labelled(
     return Labelled(dataset, rows[known], ids[known], patients(dataset)[rows[known]], tuple(classes), missing)
 
 
-def knowledge(dataset: Dataset) -> str:
+def knowledge(dataset: Dataset) -> Literal["known", "partly known", "unknown"]:
     """Whether patients are `known`, `partly known` or `unknown`."""
     without = dataset.info.patients.images_without
     return "known" if not without else "unknown" if without == len(dataset) else "partly known"
@@ -88,13 +89,16 @@ def knowledge(dataset: Dataset) -> str:
 
 def refuse_shared_patients(train: Labelled, test: Labelled) -> None:
     """Raises:
-    UserError: a known patient has images in both.
+    UserError: a known patient has images in both. In two datasets one is known again only where both were prepared
+        with the same key: without one patients are numbered anew in each.
     """
     if train.dataset.sha256 == test.dataset.sha256:
         both = np.intersect1d(train.patients_N, test.patients_N)
-    else:
+    elif train.dataset.info.patient_key is not None and train.dataset.info.patient_key == test.dataset.info.patient_key:
         names = [set(part.dataset.index.column("patient").take(part.rows_N).to_pylist()) for part in (train, test)]
         both = np.array(sorted((names[0] & names[1]) - {None}))
+    else:
+        return
     if len(both):
         raise UserError(
             f"{len(both)} patients have images both in what is learned from and in what is measured on; "

@@ -169,7 +169,11 @@ class Predictions:
     def of_unit(self, number: int) -> Predictions:
         chosen = self.unit_R == number
         return Predictions(
-            self.unit_R[chosen], self.row_R[chosen], self.patient_R[chosen], self.label_R[chosen], self.scores_RK[chosen]
+            self.unit_R[chosen],
+            self.row_R[chosen],
+            self.patient_R[chosen],
+            self.label_R[chosen],
+            self.scores_RK[chosen],
         )
 
     @classmethod

@@ -72,11 +72,12 @@ def _lines(figure: Any, shown: dict[str, list[Point]], axis: str, results: Sweep
     """Every evaluation, recipe and other axis is a line along the numeric one."""
     figure.set_size_inches(6.4, 4.4)
     axes = figure.add_subplot()
+    title, labels = _told_apart(list(shown))
     lines: dict[str, list[Point]] = {}
     for series, measured in shown.items():
         for point in measured:
             rest = [str(value) for name, value in point.axes.items() if name != axis]
-            label = ", ".join([*rest, *([series] if len(shown) > 1 else [])])
+            label = ", ".join(word for word in (*rest, labels[series]) if word)
             lines.setdefault(label, []).append(point)
     where: set[float] = set()
     for number, (label, line) in enumerate(lines.items()):
@@ -101,11 +102,24 @@ def _lines(figure: Any, shown: dict[str, list[Point]], axis: str, results: Sweep
     axes.minorticks_off()
     axes.set_xlabel(axis)
     axes.set_ylabel(results.metric)
-    if len(shown) == 1:
-        axes.set_title(next(iter(shown)), loc="left")
+    axes.set_title(title, loc="left")
     if any(lines):
-        axes.legend(frameon=False, fontsize=8)
+        figure.legend(loc="outside lower center", frameon=False, fontsize=8, ncols=2)
     _plain(axes, grid="both")
+
+
+def _told_apart(series: Sequence[str]) -> tuple[str, dict[str, str]]:
+    """What all series have in common, and what is left of each.
+
+    >>> _told_apart(["knn, class, 1 %", "knn, class, 5 %"])
+    ('knn, class', {'knn, class, 1 %': '1 %', 'knn, class, 5 %': '5 %'})
+    """
+    parts = [one.split(", ") for one in series]
+    common = [word for word in parts[0] if all(word in words for words in parts)]
+    rest = {
+        one: ", ".join(word for word in words if word not in common) for one, words in zip(series, parts, strict=True)
+    }
+    return ", ".join(common), rest
 
 
 def _panels(figure: Any, shown: dict[str, list[Point]], results: SweepResults) -> None:
@@ -138,7 +152,7 @@ def _matrix(figure: Any, axes: Any, measured: Sequence[Point], results: SweepRes
         if together:  # one run for both
             values[j][i] = point.value
     known = [value for row in values for value in row if not math.isnan(value)]
-    image = axes.imshow(values, cmap="viridis", vmin=min(known), vmax=max(known))
+    image = axes.imshow(values, cmap="viridis", vmin=min(known), vmax=max(known))  # NaN, not measured, stays white
     middle = (min(known) + max(known)) / 2
     for i, row in enumerate(values):
         for j, value in enumerate(row):
@@ -158,11 +172,11 @@ def _bars(axes: Any, measured: Sequence[Point], results: SweepResults) -> None:
     """A bar a point; where transformations are left out, the whole pipeline is a line to compare with."""
     labels = [_bar_label(point) for point in measured]
     place = range(len(measured), 0, -1)
-    colours = [_COLOURS[0] if point.axes.get(REMOVED, NOTHING) == NOTHING else _COLOURS[4] for point in measured]
+    colours = [_COLOURS[5] if point.axes.get(REMOVED) == NOTHING else _COLOURS[4] for point in measured]
     values = [point.value for point in measured]
     axes.barh(place, values, xerr=_errors(measured), color=colours, height=0.7, capsize=2, ecolor=_INK)
     for at, point in zip(place, measured, strict=True):
-        axes.text(0.005, at, f"{point.value:.3f}", va="center", color="white", fontsize=8)
+        axes.text(0.005, at, f"{point.value:.3f}", va="center", color="black", fontsize=8)
     for point in measured:
         if point.axes.get(REMOVED) == NOTHING:
             axes.axvline(point.value, color=_INK, linewidth=1, linestyle="--")

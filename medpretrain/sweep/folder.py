@@ -11,17 +11,16 @@ OUT/
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
 from data_prep.errors import UserError
-from medpretrain.evaluation.results import read_record, whole_file
 from medpretrain.sweep.expand import SweepRun
 from medpretrain.sweep.sweep_file import Sweep, Value
+from medpretrain.tracking.state import write_whole
 
 PLAN, RESULTS = "plan.json", "sweep.json"
 PLAN_FORMAT, DONE_FORMAT, VERSION = "medpretrain sweep plan", "medpretrain sweep run", 1
@@ -30,6 +29,9 @@ RECIPE_FILE = "recipe.yaml"
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+Record = TypeVar("Record", bound=BaseModel)
 
 
 class PlannedRun(_Record):
@@ -106,7 +108,7 @@ class Folder:
         Raises:
             UserError: the folder is no sweep's, or of a newer medpretrain.
         """
-        return read_record(self.path / PLAN, Plan, PLAN_FORMAT, VERSION)
+        return _read(self.path / PLAN, Plan, PLAN_FORMAT)
 
     def done(self, run: PlannedRun) -> Done | None:
         """What is done of a run; None where it is not trained to its end as it is planned now.
@@ -117,7 +119,7 @@ class Folder:
         file = self._done_file(run.name)
         if not file.is_file():
             return None
-        done = read_record(file, Done, DONE_FORMAT, VERSION)
+        done = _read(file, Done, DONE_FORMAT)
         if done.recipe_sha256 != run.recipe_sha256 or done.trained != _sha256(self.run(run.name) / RECIPE_FILE):
             return None
         there = {
@@ -160,6 +162,11 @@ def _sha256(file: Path) -> str | None:
     return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
 
 
+def _read(path: Path, record: type[Record], format: str) -> Record:
+    from medpretrain.evaluation.results import read_record  # what evaluates needs more than a login node has
+
+    return read_record(path, record, format, VERSION)
+
+
 def _write(path: Path, record: BaseModel) -> None:
-    with whole_file(path) as partial:
-        partial.write_text(json.dumps(record.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8")
+    write_whole(path, record.model_dump_json(indent=1) + "\n")

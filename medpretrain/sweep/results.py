@@ -93,7 +93,8 @@ def _row(folder: Folder, plan: Plan, run: PlannedRun) -> Row:
     for names in done.evaluations.values() if done else ():
         for name in names:
             evaluation = read_record(folder.evaluations(run.name) / name, Evaluation, FORMAT, VERSION)
-            measured += _measured(evaluation, name)
+            if evaluation.source.kind != "random":  # what --baseline random leaves beside it
+                measured += _measured(evaluation, name)
     whole = done is not None and len(done.evaluations) >= len(plan.sweep.evaluate)
     state: State = "done" if whole else "trained" if done else "not done"
     return Row(number=run.number, run=run.name, state=state, axes=run.axes, measured=tuple(measured))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import typer
@@ -100,8 +102,6 @@ def test_it_ends_with_75_where_it_was_asked_to_leave(command, tmp_path):
         f"while not os.path.exists({str(tmp_path / 'waiting-percent-50')!r}): time.sleep(0.02)\n"
         "os.kill(int(sys.argv[1]), signal.SIGTERM)"
     )
-    import os
-
     asking = subprocess.Popen([sys.executable, "-c", code, str(os.getpid())])
     with pytest.raises(SweepStopped, match="the same command goes on") as stopped:
         command()
@@ -109,13 +109,15 @@ def test_it_ends_with_75_where_it_was_asked_to_leave(command, tmp_path):
     assert stopped.value.exit_code == 75
 
 
-def test_it_is_listed_without_torch(tmp_path, file):
+def test_a_login_node_without_torch_and_scikit_learn_prints_the_commands(tmp_path, file):
+    for absent in ("torch", "sklearn"):
+        (tmp_path / f"{absent}.py").write_text(f"raise ModuleNotFoundError('no {absent} here', name='{absent}')")
     code = (
-        "import sys; sys.modules['torch'] = None\n"
-        "import medpretrain.cli_sweep, typer\n"
-        f"medpretrain.cli_sweep.sweep({str(file)!r}, ['data.path=x'], dry_run=True)"
+        f"import medpretrain.cli_sweep as c; c.sweep({str(file)!r}, ['data.path=x'], dry_run=True, launch='', jobs=1)"
     )
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{root}"}
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count(" train ") == 2
 

@@ -123,8 +123,8 @@ def test_a_line_for_each_recipe_and_fraction_along_the_numeric_axis(filled):
     words = shown(svg)
     for recipe in recipes:
         for fraction in (10, 100):
-            assert f"{recipe}, linear (exact), class of d, {fraction} % of labels" in words
-    assert {"epochs", "accuracy", "1", "10", "100"} <= set(words)
+            assert f"{recipe}, {fraction} % of labels" in words
+    assert {"linear (exact), class of d", "epochs", "accuracy", "1", "10", "100"} <= set(words)
     assert pixels(png)
 
 
@@ -132,6 +132,16 @@ def test_cases_are_bars_with_their_names(filled):
     axis = {"name": "colour", "cases": {"strong": [], "light": ["views.crop.jitter=null"]}}
     folder = filled([0.9, 0.8], grid=[axis])
     assert {"colour strong", "colour light"} <= set(shown(draw(folder, results_of(folder))[1]))
+
+
+def test_an_untrained_network_measured_beside_a_run_is_not_the_runs_result(filled, evaluation):
+    folder = filled([0.9, 0.8], grid=grid([1, 2]))
+    run = folder.plan().runs[0]
+    there = evaluation(0.1)
+    there = there.model_copy(update={"source": there.source.model_copy(update={"kind": "random"})})
+    (folder.evaluations(run.name) / f"random{SUFFIX}").write_text(there.model_dump_json())
+    folder.mark_evaluated(run, "linear --label class --variant exact", [f"linear{SUFFIX}", f"random{SUFFIX}"])
+    assert [point.value for point in points(results_of(folder), SERIES)] == [0.9, 0.8]
 
 
 def test_nothing_is_drawn_of_nothing(filled):
