@@ -11,9 +11,7 @@ from numpy.typing import NDArray
 
 from data_prep.dataset import Dataset
 from data_prep.errors import UserError
-
-# A patient's number starts here where the patient is unknown: each such image is a patient of its own.
-_UNKNOWN = 1 << 40
+from medpretrain.data.patients import patients
 
 
 @dataclass(frozen=True)
@@ -81,16 +79,6 @@ def labelled(
             f"{', '.join(classes)}; --leave-out-unlabelled measures the others, and says so"
         )
     return Labelled(dataset, rows[known], ids[known], patients(dataset)[rows[known]], tuple(classes), missing)
-
-
-def patients(dataset: Dataset) -> NDArray[np.int64]:
-    """A number a patient, (N,); an image whose patient is unknown has one of its own, from 2 ** 40 on."""
-    column = dataset.index.column("patient").combine_chunks()
-    codes = column.dictionary_encode() if not hasattr(column, "indices") else column
-    numbers: NDArray[np.int64] = codes.indices.fill_null(-1).to_numpy().astype(np.int64)
-    unknown = numbers < 0
-    numbers[unknown] = _UNKNOWN + np.flatnonzero(unknown)
-    return numbers
 
 
 def knowledge(dataset: Dataset) -> Literal["known", "partly known", "unknown"]:

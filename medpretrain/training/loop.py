@@ -164,7 +164,7 @@ def set_up(recipe: Recipe, process: Process) -> Ready:
         UserError: no dataset, a backbone timm does not know, a batch that the processes cannot share, ...
     """
     _configure(recipe, process)
-    dataset = Mixture.open(recipe.data.path, recipe.data.weights)
+    dataset = Mixture.open(recipe.data.path, recipe.data.weights, recipe.data.fraction)
     recipe = with_normalisation(recipe, dataset)
     stream = build_stream(recipe, dataset, process)
     total = recipe.train.steps or math.ceil((recipe.train.epochs or 0) * stream.steps_per_epoch)
