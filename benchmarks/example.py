@@ -6,7 +6,7 @@ Two questions, asked as the papers ask them, of networks small enough for two CP
 
 - MedNIST to BreastMNIST: ModAn-MulSupCon, SimCLR, supervised and random, ResNet-18 at 32 pixels. 5 folds x 3 repeats of
   ModAn-MulSupCon's fine-tuning, and the SimCLR report's label efficiency, with 3 seeds.
-- Fundus: DINO with strong, weak, and weak and medical augmentation, ResNet-18 at 64 pixels, 3 seeds, split by patient.
+- Fundus: DINO with strong, weak, and weak and medical augmentation, ResNet-18 at 48 pixels, 3 seeds, split by patient.
 
 Whatever is there already is kept, so that a stopped example goes on with the same command.
 """
@@ -64,6 +64,7 @@ def pretrainings(work: Path) -> dict[str, list[str]]:
         for name, views in DINO.items():
             runs[f"dino_{name}_{seed}"] = [
                 *("dino_retina_weak_small", *views, "train.epochs=10", "train.threads=1"),
+                *("views.global.size=48", "views.local.size=32"),
                 *(f"data.path={shards / 'fundus'}", f"seed={seed}"),
             ]
     return runs

@@ -63,7 +63,7 @@ def evaluate(
     splits = plan(images, fractions=fractions, seeds=seeds, repeats=repeats, draws_nothing=asked.draws_nothing)
     of_images = _features(source, images, process, cache) if asked.on_features else None
     mine = {
-        number: score(asked, splits[number], images, source, of_images, process.device)
+        number: score(asked, splits[number], images, source, of_images, process.device, process.cores)
         for number in range(process.rank, len(splits), process.world)
     }
     scored = _from_all(mine, process)

@@ -10,12 +10,12 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from medpretrain.evaluation.finetune import finetune_scores
+from medpretrain.evaluation.finetune import finetune_scores, finetune_setting
 from medpretrain.evaluation.knn import knn_scores
 from medpretrain.evaluation.labelled import Labelled
 from medpretrain.evaluation.linear import linear_scores
 from medpretrain.evaluation.plan import Images, Split
-from medpretrain.evaluation.probe import probe_scores
+from medpretrain.evaluation.probe import probe_scores, probe_setting
 from medpretrain.evaluation.results import Value
 from medpretrain.evaluation.source import Source
 
@@ -90,7 +90,13 @@ class Scored:
 
 
 def score(
-    asked: Asked, split: Split, images: Images, source: Source, features: Features | None, device: torch.device
+    asked: Asked,
+    split: Split,
+    images: Images,
+    source: Source,
+    features: Features | None,
+    device: torch.device,
+    threads: int,
 ) -> Scored:
     """Fit the classifier of one split and score its test images.
 
@@ -101,6 +107,7 @@ def score(
         source: the backbone, for fine-tuning.
         features: None for fine-tuning.
         device: where it is fitted.
+        threads: that decode images.
     """
     train = images.train
     labels, classes = train.labels_N[split.train], len(train.classes)
@@ -113,10 +120,11 @@ def score(
             part(train, split.train),
             part(images.test, split.test),
             source.preprocessing,
-            asked.variant,
+            finetune_setting(asked.variant),
             seed=seed,
             device=device,
             val=val,
+            threads=threads,
         )
         return Scored(tuned.scores_MK, tuned.parameters)
     assert features is not None
@@ -136,9 +144,9 @@ def score(
             "converged": probe.converged,
         }
         return Scored(probe.scores, used)
-    return Scored(
-        probe_scores(learned, labels, measured, classes, asked.variant, seed=seed, device=device), {"seed": seed}
-    )
+    setting = probe_setting(asked.variant)
+    scores_MK = probe_scores(learned, labels, measured, classes, setting, seed=seed, device=device)
+    return Scored(scores_MK, {"seed": seed, **setting.model_dump(exclude={"name"}, exclude_none=True)})
 
 
 def part(whole: Labelled, places: NDArray[np.int64]) -> Labelled:
