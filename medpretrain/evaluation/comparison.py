@@ -8,7 +8,6 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
-from scipy.stats import rankdata
 
 from data_prep.errors import UserError, nearest
 from medpretrain.evaluation.intervals import (
@@ -159,7 +158,8 @@ def signed_rank(difference_n: NDArray[np.floating]) -> tuple[float, float]:
     difference_n = difference_n[difference_n != 0]
     if not len(difference_n):
         return 0.0, 1.0
-    doubled_n = np.round(2 * rankdata(np.abs(difference_n))).astype(int)  # mean ranks are halves
+    _, size_n, equal = np.unique(np.abs(difference_n), return_inverse=True, return_counts=True)
+    doubled_n = (2 * np.cumsum(equal) - equal + 1)[size_n]  # twice the mean rank, which can be a half
     above, total = int(doubled_n[difference_n > 0].sum()), int(doubled_n.sum())
     smaller = min(above, total - above)
     # Chance of each sum of the ranks with a plus, every sign being one or the other with a half.

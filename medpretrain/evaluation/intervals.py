@@ -13,7 +13,8 @@ from medpretrain.evaluation.metrics import SCALARS, Scored
 from medpretrain.evaluation.results import Interval, Predictions, Summary, Unit
 
 RESAMPLES = 1000
-LEVEL = 0.95
+BOUNDS = (0.025, 0.975)
+"""The quantiles that are a 95 % interval."""
 
 # Weights of one unit at once: 512 KiB an array, so that they stay in a core's cache.
 _CHUNK_ELEMENTS = 1 << 16
@@ -31,6 +32,9 @@ def bootstrap(
     A resample in which some unit would lack a class is drawn anew, for all metrics alike: AUROC has no value there. The
     interval is then given that each class occurs; where more than half of the draws have to be given up it would say
     too little of the patients, and is refused. `require_resamples` tells this before anything is trained.
+
+    Of a small test set the interval of ECE lies high, often above the measured value: a resample holds images twice,
+    and what is left to chance in a bin of few images grows.
 
     Args:
         predictions: of these units, and perhaps of others.
@@ -60,11 +64,12 @@ def bootstrap_difference(
     Raises:
         UserError: as `bootstrap`; the two were not tested on the same images.
     """
+    parts = [of_units(part, chosen) for part, chosen in zip((first, second), units, strict=True)]
+    require_same_images(*parts)
     of_first, of_second = (
-        resampled(of_units(part, chosen), classes, chosen, resamples=resamples, seed=seed)
-        for part, chosen in zip((first, second), units, strict=True)
+        resampled(part, classes, chosen, resamples=resamples, seed=seed)
+        for part, chosen in zip(parts, units, strict=True)
     )
-    require_same_images(of_units(first, units[0]), of_units(second, units[1]))
     return {name: percentile_interval(of_first[name] - of_second[name]) for name in SCALARS}
 
 
@@ -216,7 +221,7 @@ def _draws(numbers_B: NDArray[np.int64], P: int, seed: int) -> NDArray[np.int32]
 
 def percentile_interval(value_B: NDArray[np.float64]) -> Interval:
     """The 2.5 and 97.5 percentiles."""
-    low, high = np.quantile(value_B, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
+    low, high = np.quantile(value_B, BOUNDS).tolist()
     return Interval(low=low, high=high)
 
 
