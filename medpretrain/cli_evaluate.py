@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -38,7 +37,7 @@ Seeds = Annotated[str, typer.Option(help="as in 0,1,2")]
 LeaveOut = Annotated[
     bool, typer.Option("--leave-out-unlabelled", help="measure without images that lack the label, and say so")
 ]
-Resamples = Annotated[int, typer.Option(help="of the bootstrap by patients", min=100)]
+Resamples = Annotated[int, typer.Option(help="of the bootstrap by patients; 0: no intervals", min=0)]
 Size = Annotated[int | None, typer.Option(help="pixels, for random:NAME", show_default=False)]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
 Cache = Annotated[
@@ -95,7 +94,8 @@ def knn(
         resamples=resamples,
         size=size,
         device=device,
-        cache=None if no_cache else cache or _default_cache(),
+        cache=cache,
+        keep=not no_cache,
         out=out,
     )
 
@@ -147,7 +147,8 @@ def linear(
         resamples=resamples,
         size=size,
         device=device,
-        cache=None if no_cache else cache or _default_cache(),
+        cache=cache,
+        keep=not no_cache,
         out=out,
     )
 
@@ -199,6 +200,7 @@ def finetune(
         size=size,
         device=device,
         cache=None,
+        keep=False,
         out=out,
     )
 
@@ -222,12 +224,14 @@ def _evaluate(
     size: int | None,
     device: str,
     cache: Path | None,
+    keep: bool,
     out: Path | None,
 ) -> None:
     percents = [_number(one, "--fractions") for one in fractions.split(",")]
     numbers = [_number(one, "--seeds") for one in seeds.split(",")]
     if not all(number.is_integer() and number >= 0 for number in numbers):
         raise UserError(f"--seeds {seeds}: give whole numbers from 0 on, as in 0,1,2")
+    from medpretrain.evaluation.feature_cache import default_folder
     from medpretrain.evaluation.of_source import evaluate_source
 
     evaluate_source(
@@ -247,7 +251,7 @@ def _evaluate(
         resamples=resamples,
         size=size,
         device=device,
-        cache=cache,
+        cache=(cache or default_folder()) if keep else None,
         out=out,
     )
 
@@ -257,7 +261,3 @@ def _number(text: str, option: str) -> float:
         return float(text)
     except ValueError:
         raise UserError(f"{option}: {text!r} is no number; give them as in 1,5,10") from None
-
-
-def _default_cache() -> Path:
-    return Path(os.environ.get("MEDPRETRAIN_CACHE") or Path.home() / ".cache" / "medpretrain") / "features"

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 import medpretrain
 from data_prep.dataset import Dataset
 from medpretrain.evaluation.features import features
-from medpretrain.evaluation.intervals import summarise
+from medpretrain.evaluation.intervals import require_resamples, summarise
 from medpretrain.evaluation.labelled import Labelled, knowledge
 from medpretrain.evaluation.metrics import metrics
 from medpretrain.evaluation.plan import Images, Split, plan
@@ -52,15 +52,16 @@ def evaluate(
         images: from `choose_images`.
         label: its name, for the record; the splits' too.
         fractions, seeds, repeats: see `plan`.
-        resamples: of the bootstrap by patients.
+        resamples: of the bootstrap by patients; 0: no intervals.
         process: this one; its device is where networks run.
         cache: the folder of kept features; None: none are kept.
 
     Raises:
-        UserError: see `plan`; features that are not finite.
+        UserError: see `plan`; features that are not finite; too few patients of a class for an interval.
     """
     started = time.perf_counter()
     splits = plan(images, fractions=fractions, seeds=seeds, repeats=repeats, draws_nothing=asked.draws_nothing)
+    _refuse_early(splits, images, resamples)
     of_images = _features(source, images, process, cache) if asked.on_features else None
     mine = {
         number: score(asked, splits[number], images, source, of_images, process.device, process.cores)
@@ -103,6 +104,20 @@ def evaluate(
         medpretrain_version=medpretrain.__version__,
     )
     return evaluation, predictions
+
+
+def _refuse_early(splits: Sequence[Split], images: Images, resamples: int) -> None:
+    """What would be refused after hours of fine-tuning: an interval that these patients cannot give."""
+    for fraction in {split.fraction for split in splits} if resamples else ():
+        tested = [(number, split.test) for number, split in enumerate(splits) if split.fraction == fraction]
+        places = np.concatenate([test for _, test in tested])
+        require_resamples(
+            np.repeat([number for number, _ in tested], [len(test) for _, test in tested]),
+            images.test.patients_N[places],
+            images.test.labels_N[places],
+            images.test.classes,
+            resamples=resamples,
+        )
 
 
 def _features(source: Source, images: Images, process: Process, cache: Path | None) -> Features:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -187,7 +188,7 @@ def _shared(source: Source, dataset: Dataset, rows: NDArray[np.int64], process: 
         assert part is not None
         return part
     width = _agree_to_go_on(failure, 0 if part is None else part.shape[1], process)
-    most = max(last - first for first, last in zip(bounds, bounds[1:], strict=False))
+    most = max(last - first for first, last in pairwise(bounds))
     padded = torch.zeros(most, width, device=process.device)
     if part is not None:
         padded[: len(part)] = torch.from_numpy(part)

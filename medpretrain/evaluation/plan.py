@@ -134,10 +134,12 @@ def plan(
     if repeats > 1 and draws_nothing:
         raise UserError("this protocol draws no random numbers: every repeat would be the same")
     train, val, test = images.train, images.val, images.test
+    parts: list[tuple[int | None, NDArray[np.int64], NDArray[np.int64]]]
     if images.folds:
-        parts = [(fold, *part) for fold, part in enumerate(k_folds(train.labels_N, train.patients_N, images.folds))]
+        folds = k_folds(train.labels_N, train.patients_N, images.folds, classes=train.classes)
+        parts = [(fold, *part) for fold, part in enumerate(folds)]
     else:
-        parts = [(None, np.arange(len(train)), np.arange(len(test)))]
+        parts = [(None, np.arange(len(train), dtype=np.int64), np.arange(len(test), dtype=np.int64))]
     splits = []
     for fraction in sorted(fractions):
         once = draws_nothing and fraction == 100

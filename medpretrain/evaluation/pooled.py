@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import os.path
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from medpretrain.evaluation.intervals import summarise
-from medpretrain.evaluation.results import Evaluation, Predictions, Unit
+from medpretrain.evaluation.results import SEED, SETTING, Evaluation, Predictions, Unit
 
 Evaluated = tuple[Evaluation, Predictions]
-SETTING, SEED = "setting_sha256", "seed"
-"""In `SourceRecord.about`: the hash of the recipe but for its seed, and that seed."""
 
 
 def pooled(evaluated: Iterable[Evaluated]) -> list[Evaluated]:
@@ -81,4 +78,6 @@ def _pool(group: Sequence[Evaluated]) -> Evaluated:
 
 def _common_name(names: Sequence[str]) -> str:
     """What the names begin with alike: `weak` of `weak-0` and `weak-1`."""
-    return os.path.commonprefix(names).rstrip("-_. ") or names[0]
+    first, last = min(names), max(names)
+    same = next((place for place, pair in enumerate(zip(first, last, strict=False)) if len(set(pair)) > 1), len(first))
+    return first[:same].rstrip("-_. ") or names[0]

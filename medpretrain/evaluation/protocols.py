@@ -130,8 +130,8 @@ def score(
     assert features is not None
     learned, measured = features.train_ND[split.train], features.test_ND[split.test]
     if isinstance(asked, Knn):
-        on_device = (torch.from_numpy(part).to(device) for part in (learned, labels, measured))
-        scores = knn_scores(*on_device, classes, k=asked.k, temperature=asked.temperature)
+        train_ND, labels_N, test_MD = (torch.from_numpy(one).to(device) for one in (learned, labels, measured))
+        scores = knn_scores(train_ND, labels_N, test_MD, classes, k=asked.k, temperature=asked.temperature)
         used: dict[str, Value] = {"k": min(asked.k, len(learned)), "temperature": asked.temperature}
         return Scored(scores.cpu().numpy(), used)
     if asked.variant == "exact":

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from data_prep.errors import UserError
-from medpretrain.evaluation.results import Evaluation, Summary
+from medpretrain.evaluation.results import Evaluation, Summary, Value
 
 SHOWN = ("accuracy", "balanced_accuracy", "auroc", "aupr")
 
@@ -56,10 +56,8 @@ def notes(evaluations: Sequence[Evaluation]) -> list[str]:
     said = [f"{often}; {len(units)} classifiers, seeds {', '.join(map(str, first.seeds))}"]
     if many == 1:
         said[0] += f"; {units[0].n_train} train, {units[0].n_test} test images"
-    settings = {
-        **first.parameters,
-        **{key: units[0].parameters[key] for key in ("k", "C") if key in units[0].parameters},
-    }
+    used = units[0].parameters
+    settings: dict[str, Value] = {**first.parameters, **{name: used[name] for name in ("k", "C") if name in used}}
     if settings:
         said.append(", ".join(f"{name} {value}" for name, value in settings.items()))
     if data.patients != "known":
@@ -74,5 +72,5 @@ def notes(evaluations: Sequence[Evaluation]) -> list[str]:
 
 
 def _cell(summary: Summary, metric: str) -> str:
-    interval = summary.interval[metric]
-    return f"{summary.mean[metric]:.4f} ({interval.low:.3f}, {interval.high:.3f})"
+    interval = summary.interval.get(metric)
+    return f"{summary.mean[metric]:.4f}" + (f" ({interval.low:.3f}, {interval.high:.3f})" if interval else "")

@@ -20,7 +20,7 @@ from data_prep.dataset import Dataset, file_sha256
 from data_prep.errors import UserError, nearest
 from medpretrain.checkpoints.manifest import MANIFEST
 from medpretrain.data.mixture import Mixture
-from medpretrain.evaluation.results import SourceRecord, Value
+from medpretrain.evaluation.results import SEED, SETTING, SourceRecord, Value
 from medpretrain.export.bundle import CONFIG, FORMAT, FORMAT_VERSION, PREPROCESSING, WEIGHTS
 from medpretrain.models.backbones import Stem, create_backbone
 from medpretrain.models.preprocessing import Preprocessing
@@ -64,7 +64,7 @@ class Source:
         return copy.deepcopy(self.backbone)
 
 
-def open_source(spec: str, *, dataset: Dataset, seed: int = 0, size: int | None = None) -> Source:
+def open_source(spec: str, *, dataset: Dataset, seed: int | None = None, size: int | None = None) -> Source:
     """Open what a user names.
 
     Args:
@@ -77,7 +77,7 @@ def open_source(spec: str, *, dataset: Dataset, seed: int = 0, size: int | None 
             - `random:NAME`: timm's architecture with random weights and the dataset's own mean and std;
             - `random:FOLDER`: network and preprocessing of a run or an export, with random weights.
         dataset: what it is opened for: gives channels, bit depth and statistics to the forms that have none.
-        seed: of random weights.
+        seed: of random weights; left out, the run's own, which gives the weights it began with, or 0.
         size: pixels a side for `timm:` and `random:NAME`. Left out: what timm's weights were pretrained with; for an
             untrained network what its architecture is fixed to, else the median longer side of the images, up to 224
             and in steps of 32.
@@ -92,7 +92,7 @@ def open_source(spec: str, *, dataset: Dataset, seed: int = 0, size: int | None 
     untrained = named != spec
     folder = Path(named)
     if untrained and not folder.is_dir():
-        return _random(named, dataset, seed, size)
+        return _random(named, dataset, seed or 0, size)
     if size is not None:
         raise UserError(f"{named} has its own image size; a size is for timm:NAME and random:NAME")
     if (folder / MANIFEST).is_file() or (folder / RECIPE_FILE).is_file():
@@ -133,7 +133,8 @@ def _run(folder: Path) -> Source:
         "recipe": recipe.name,
         "recipe_sha256": recipe.sha256,
         "step": step,
-        "seed": recipe.seed,
+        SEED: recipe.seed,
+        SETTING: recipe.model_copy(update={"seed": 0}).sha256,
         "images_seen": step * recipe.train.global_batch,
         "dataset_sha256": ",".join(trained.info.dataset_sha256),
         "stem": recipe.backbone.stem,
@@ -200,12 +201,14 @@ def _random(name: str, dataset: Dataset, seed: int, size: int | None) -> Source:
     mean, std = Mixture([dataset]).normalisation(next(iter(dataset.info.splits)), dataset.channels)
     preprocessing = Preprocessing(size, dataset.channels, mean, std, dataset.bit_depth)
     backbone = _seeded(seed, lambda: create_backbone(architecture, channels=dataset.channels, image_size=size))
-    about: dict[str, Value] = {"seed": seed, "stem": "timm"}
+    about: dict[str, Value] = {SEED: seed, "stem": "timm"}
     return _source(f"random ({name})", "random", backbone, preprocessing, architecture, about)
 
 
-def _as_random(source: Source, seed: int) -> Source:
+def _as_random(source: Source, seed: int | None) -> Source:
     stem: Any = source.about["stem"]
+    if seed is None:
+        seed = int(source.about.get(SEED) or 0)
     preprocessing = source.preprocessing
     backbone = _seeded(
         seed,
@@ -213,8 +216,10 @@ def _as_random(source: Source, seed: int) -> Source:
             source.architecture, channels=preprocessing.channels, stem=stem, image_size=preprocessing.size
         ),
     )
-    about: dict[str, Value] = {"seed": seed, "stem": stem, "network_of": source.name}
-    return _source(f"random ({source.name})", "random", backbone, preprocessing, source.architecture, about)
+    about: dict[str, Value] = {SEED: seed, "stem": stem, "network_of": source.name}
+    if SETTING in source.about:
+        about[SETTING] = source.about[SETTING]
+    return _source(f"random ({source.architecture})", "random", backbone, preprocessing, source.architecture, about)
 
 
 def _source(

@@ -40,12 +40,12 @@ def test_unlabelled_images_are_refused_unless_they_are_to_be_left_out(tmp_path: 
 
 def test_a_split_without_any_label_is_refused(tmp_path: Path) -> None:
     dataset = Dataset.open(make_dataset(tmp_path, unlabelled=100))
-    with pytest.raises(UserError, match="no image of split 'test' .* has a label 'grade'"):
+    with pytest.raises(UserError, match=r"no image of split 'test' .* has a label 'grade'"):
         labelled(dataset, ["test"], "grade", ("dark", "light"), leave_out=True)
 
 
 def test_one_class_is_no_evaluation(graded: Dataset, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no label 'grad'.*'grade'"):
+    with pytest.raises(UserError, match=r"no label 'grad'.*'grade'"):
         occurring_classes(graded, "grad")
 
 
