@@ -87,7 +87,8 @@ def expand(sweep: Sweep, overrides: Sequence[str] = ()) -> list[SweepRun]:
 
 def words(run: SweepRun, folder: Path) -> list[str]:
     """The recipe and overrides that train a run in a folder, for `medpretrain train`."""
-    return [run.recipe, *run.overrides, f"run.dir={json.dumps(str(folder))}"]
+    plain = re.fullmatch(r"[\w./-]+/[\w./-]+", str(folder))  # which YAML takes for nothing but a text
+    return [run.recipe, *run.overrides, f"run.dir={folder if plain else json.dumps(str(folder))}"]
 
 
 def _loaded(who: str, recipe: str, overrides: Sequence[str]) -> Recipe:

@@ -20,7 +20,6 @@ from pydantic import BaseModel, ConfigDict
 from data_prep.errors import UserError
 from medpretrain.sweep.expand import SweepRun
 from medpretrain.sweep.sweep_file import Sweep, Value
-from medpretrain.tracking.state import write_whole
 
 PLAN, RESULTS = "plan.json", "sweep.json"
 PLAN_FORMAT, DONE_FORMAT, VERSION = "medpretrain sweep plan", "medpretrain sweep run", 1
@@ -84,8 +83,8 @@ class Folder:
         return self.path / f"{name}.log"
 
     def write_plan(self, sweep: Sweep, runs: Sequence[SweepRun]) -> Plan:
-        """Keep what is to be done. A sweep that was changed takes the place of its earlier plan: runs that are the same
-        stay done.
+        """Keep what is to be done; jobs of an array may all do so at once. A sweep that was changed takes the place of
+        its earlier plan: runs that are the same stay done.
 
         Raises:
             UserError: the folder holds another sweep, or something else.
@@ -96,7 +95,7 @@ class Folder:
             other = self.plan().sweep.name
             if other != sweep.name:
                 raise UserError(f"{self.path} holds the sweep {other!r}, not {sweep.name!r}; give another --out")
-        elif self.path.is_dir() and any(self.path.iterdir()):
+        elif self.path.is_dir() and any(not path.name.startswith(".") for path in self.path.iterdir()):
             raise UserError(f"{self.path} holds something that is not a sweep; give another --out")
         plan = Plan(sweep=sweep, runs=tuple(planned(run) for run in runs))
         self.path.mkdir(parents=True, exist_ok=True)
@@ -162,11 +161,15 @@ def _sha256(file: Path) -> str | None:
     return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
 
 
+# What evaluates needs more than a login node has, which prints commands and reads no folder.
 def _read(path: Path, record: type[Record], format: str) -> Record:
-    from medpretrain.evaluation.results import read_record  # what evaluates needs more than a login node has
+    from medpretrain.evaluation.results import read_record
 
     return read_record(path, record, format, VERSION)
 
 
 def _write(path: Path, record: BaseModel) -> None:
-    write_whole(path, record.model_dump_json(indent=1) + "\n")
+    from medpretrain.evaluation.results import whole_file
+
+    with whole_file(path) as partial:
+        partial.write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")

@@ -140,6 +140,7 @@ def execute(
     with noted_signals() as asked:
         try:
             while active or (waiting and not outcome.stopped):
+                outcome.stopped = outcome.stopped or bool(asked)
                 while waiting and len(active) < jobs and not outcome.stopped:
                     work = waiting.pop(0)
                     active[work.planned.number] = _Runner(work, folder, say)

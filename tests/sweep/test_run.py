@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from data_prep.errors import UserError
-from medpretrain.sweep.expand import expand
+from medpretrain.recipe_file import load_recipe
+from medpretrain.sweep.expand import expand, words
 from medpretrain.sweep.folder import Folder, planned
 from medpretrain.sweep.results import results_of
 from medpretrain.sweep.run import Work, evaluation_name, execute, refuse_launch
@@ -50,7 +52,7 @@ def states(tmp_path):
 
 def started(calls):
     """What was started: (command, run)."""
-    return [(call[0], call[2] if call[0] == "evaluate" else json.loads(call[-1].split("=")[1])) for call in calls()]
+    return [(call[0], call[2] if call[0] == "evaluate" else call[-1].removeprefix("run.dir=")) for call in calls()]
 
 
 def test_each_run_is_trained_then_evaluated_and_not_again(go, calls, states, tmp_path):
@@ -83,8 +85,8 @@ def test_another_evaluation_or_value_is_added_without_repeating_the_others(go, c
     calls()
     more = sweep(grid=[{**GRID[0], "values": [4, 6, 8, 10]}], evaluate=[LINEAR, {"protocol": "knn", "fractions": [10]}])
     go(more)
-    words = [call[:2] for call in calls()]
-    assert words == [["evaluate", "knn"]] * 3 + [
+    said = [call[:2] for call in calls()]
+    assert said == [["evaluate", "knn"]] * 3 + [
         ["train", "simclr_medmnist"],
         ["evaluate", "linear"],
         ["evaluate", "knn"],
@@ -145,15 +147,12 @@ def test_a_signal_is_passed_on_and_the_same_command_goes_on(jobs, go, calls, sta
     assert states() == ["done"] * 3
 
 
-def test_a_run_that_was_asked_to_leave_by_somebody_else_stops_the_sweep(go, tmp_path, monkeypatch):
-    (tmp_path / "fail-batch-4").touch()
+def test_a_run_that_was_asked_to_leave_by_somebody_else_stops_the_sweep(tmp_path):
     stand_in = tmp_path / "leaves.py"
     stand_in.write_text("raise SystemExit(75)")
     one, folder = sweep(), Folder(tmp_path / "other")
     runs = expand(one, DATA)
     folder.write_plan(one, runs)
-    import sys
-
     works = [Work.of(one, run, planned(run), folder, program=[sys.executable, str(stand_in)]) for run in runs]
     outcome = execute(works, folder)
     assert outcome.stopped
@@ -179,6 +178,13 @@ def test_two_at_a_time_are_two_and_no_more(go, tmp_path, states):
     assert go(jobs=2).stopped
     asking.join()
     assert seen == ["waiting-batch-4", "waiting-batch-6"]
+
+
+def test_a_folder_with_a_space_is_one_word_of_yaml(tmp_path):
+    (run, *_) = expand(sweep(), DATA)
+    for folder in (tmp_path / "my runs: 2", tmp_path / "plain", Path("1e3/2")):
+        recipe, *overrides = words(run, folder)
+        assert load_recipe(recipe, overrides).run_dir == folder
 
 
 def test_a_folder_of_something_else_is_refused(go, tmp_path):
