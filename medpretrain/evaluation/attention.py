@@ -73,11 +73,9 @@ def class_attention(backbone: nn.Module, images_nCSS: Tensor) -> Attention:
         layer.fused_attn = fused
     (weights_nHTT,) = seen
     prefix = network.num_prefix_tokens
-    high, wide = (
-        side // patch for side, patch in zip(images_nCSS.shape[2:], network.patch_embed.patch_size, strict=True)
-    )
+    sides, patches = images_nCSS.shape[2:], network.patch_embed.patch_size
+    high, wide = (side // patch for side, patch in zip(sides, patches, strict=True))
     of_class_nHT = weights_nHTT[:, :, 0].float()
-    assert of_class_nHT.shape[2] == prefix + high * wide, (
-        f"{of_class_nHT.shape[2]} tokens, not {prefix} + {high * wide}"
-    )
+    tokens = of_class_nHT.shape[2]
+    assert tokens == prefix + high * wide, f"{tokens} tokens, not {prefix} + {high} x {wide}"
     return Attention(of_class_nHT[:, :, prefix:].unflatten(2, (high, wide)), of_class_nHT[:, :, :prefix])

@@ -62,7 +62,7 @@ def attention_of(
 ) -> Pictures:
     """Attention of the class token over each image, its mean over heads and each head's own; none of a network without.
 
-    Black is none and bright the most of that map, mixed with the image.
+    Black is none and bright the most of that map, mixed with the image: where attention is even, so is the picture.
     """
     found: Pictures = []
     if why_no_attention(backbone) is not None:
