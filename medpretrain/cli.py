@@ -17,6 +17,7 @@ from rich.table import Table
 import data_prep.cli
 import medpretrain.cli_evaluate
 import medpretrain.cli_launch
+import medpretrain.cli_sweep
 from data_prep.errors import UserError, WorkFailed
 from medpretrain.health import last_words
 from medpretrain.health.exits import exit_codes
@@ -33,6 +34,7 @@ recipes_app = typer.Typer(help="List the shipped recipes, or show one resolved."
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(medpretrain.cli_launch.app, name="launch")
 app.add_typer(medpretrain.cli_evaluate.app, name="evaluate")
+app.command()(medpretrain.cli_sweep.sweep)
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, as in optim.lr=3e-4", show_default=False)]
 RecipeName = Annotated[str, typer.Argument(help="a shipped recipe's name, or a .yaml file")]

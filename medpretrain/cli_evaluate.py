@@ -205,6 +205,69 @@ def finetune(
     )
 
 
+@app.command()
+def space(
+    source: SourceName,
+    dataset: DatasetFolder,
+    label: Label = "class",
+    split: Annotated[str, typer.Option(help="whose images are looked at")] = "test",
+    view: Annotated[
+        str, typer.Option(help="source: as the run's own views were made; default: the same for every source")
+    ] = "source",
+    views: Annotated[int, typer.Option(help="of each image", min=1)] = 2,
+    projections: Annotated[str, typer.Option(help="maps to draw: tsne,umap or none")] = "tsne,umap",
+    other_patients_only: Annotated[
+        bool, typer.Option("--other-patients-only", help="show neighbours of other patients only")
+    ] = False,
+    leave_out: LeaveOut = False,
+    no_images: Annotated[bool, typer.Option("--no-images", help="write no pictures of patients")] = False,
+    seed: Annotated[int, typer.Option(help="of views and maps", min=0)] = 0,
+    size: Size = None,
+    device: Device = "auto",
+    out: Out = None,
+) -> None:
+    """How features lie: SAD, SAA, CAD, CAC, GPU, alignment, uniformity, RankMe, distances, maps, neighbours."""
+    from medpretrain.evaluation.of_source import measure_source
+
+    measure_source(
+        source,
+        dataset,
+        label=label,
+        split=split,
+        view=view,
+        views=views,
+        projections=() if projections == "none" else projections.split(","),
+        other_patients_only=other_patients_only,
+        leave_out=leave_out,
+        images=not no_images,
+        seed=seed,
+        size=size,
+        device=device,
+        out=out,
+    )
+
+
+@app.command()
+def imbalance(
+    dataset: DatasetFolder,
+    label: Label = "class",
+    split: Annotated[str, typer.Option(help="whose images are counted")] = "train",
+    leave_out: LeaveOut = False,
+) -> None:
+    """How unevenly the classes are filled: IR, CV, NE, Gini, RCR, and FB, PI or I (Table 1 of AMIMV)."""
+    from rich.console import Console
+
+    from data_prep.dataset import Dataset
+    from medpretrain.evaluation.imbalance import imbalance as measure
+    from medpretrain.evaluation.labelled import labelled, occurring_classes
+    from medpretrain.evaluation.show import imbalance_table
+
+    data = Dataset.open(dataset)
+    part = labelled(data, [split], label, occurring_classes(data, label), leave_out=leave_out)
+    measured = measure(part.counts(), part.classes)
+    Console().print(imbalance_table(measured, f"label {label!r} of split {split!r} of {data.path.name}"))
+
+
 def _evaluate(
     asked: Asked,
     source: str,

@@ -13,11 +13,14 @@ from data_prep.errors import UserError, nearest
 from medpretrain.evaluation import results
 from medpretrain.evaluation.evaluate import evaluate
 from medpretrain.evaluation.plan import choose_images
+from medpretrain.evaluation.projection import TECHNIQUES
 from medpretrain.evaluation.protocols import Asked
 from medpretrain.evaluation.results import Evaluation
-from medpretrain.evaluation.show import table
+from medpretrain.evaluation.show import space_table, table
 from medpretrain.evaluation.source import Source, open_source
-from medpretrain.training.process import joined
+from medpretrain.evaluation.space_of import measure_space
+from medpretrain.evaluation.space_record import SUFFIX, SpaceRecord
+from medpretrain.training.process import choose_device, joined
 from medpretrain.training.start import RECIPE_FILE
 
 EVALUATIONS = "evaluation"
@@ -108,6 +111,65 @@ def evaluate_source(
         if process.leads:
             Console().print(table(done))
     return done
+
+
+def measure_source(
+    spec: str,
+    dataset: Path,
+    *,
+    label: str = "class",
+    split: str = "test",
+    view: str = "source",
+    views: int = 2,
+    projections: Sequence[str] = TECHNIQUES,
+    other_patients_only: bool = False,
+    leave_out: bool = False,
+    images: bool = True,
+    seed: int = 0,
+    size: int | None = None,
+    device: str = "auto",
+    out: Path | None = None,
+) -> SpaceRecord:
+    """Measure a representation space, print its numbers and write the files.
+
+    Args:
+        spec: what to look at, see `open_source`.
+        dataset: a prepared dataset.
+        view: `source`, how a run's own views are augmented; or `default`, the same for every source.
+        size: pixels of a source that does not say.
+        out: the folder to write into; RUN/evaluation for a run.
+        label, split, views, projections, other_patients_only, leave_out, images, seed: see `measure_space`.
+
+    Raises:
+        UserError: no such source, dataset, label, split, view or projection; the source's own view of what is no run.
+    """
+    if view not in ("source", "default"):
+        raise UserError(f"there is no view {view!r}{nearest(view, ('source', 'default'))}")
+    folder = out or results_folder(spec)
+    data = Dataset.open(dataset)
+    source = open_source(spec, dataset=data, size=size)
+    own = source.view if view == "source" else None
+    if view == "source" and own is None:
+        raise UserError(f"{spec} has no views of its own: say --view default")
+    record = measure_space(
+        source,
+        data,
+        label=label,
+        split=split,
+        out_folder=folder,
+        images=images,
+        views=views,
+        view=own,
+        view_from="source" if own else "given",
+        projections=projections,
+        other_patients_only=other_patients_only,
+        leave_out=leave_out,
+        seed=seed,
+        device=choose_device(device),
+    )
+    Console().print(space_table(record))
+    _log.info("written to %s", folder / f"{record.file_stem()}{SUFFIX}")
+    return record
 
 
 def results_folder(spec: str) -> Path:

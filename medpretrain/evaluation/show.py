@@ -1,4 +1,4 @@
-"""Evaluations as a table in the terminal."""
+"""Evaluations as tables in the terminal."""
 
 from __future__ import annotations
 
@@ -7,8 +7,21 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from data_prep.errors import UserError
+from medpretrain.evaluation.imbalance import Imbalance
 from medpretrain.evaluation.results import Evaluation, Summary, Value
+from medpretrain.evaluation.space_record import SpaceRecord
 
+MEASURES = {
+    "sad": "SAD, sample alignment distance",
+    "saa": "SAA, sample alignment accuracy",
+    "cad": "CAD, class alignment distance",
+    "cac": "CAC, class alignment consistency",
+    "gpu": "GPU, Gaussian potential uniformity",
+    "alignment": "alignment",
+    "uniformity": "uniformity",
+    "rankme": "RankMe",
+    "feature_std": "feature std",
+}
 SHOWN = ("accuracy", "balanced_accuracy", "auroc", "aupr")
 
 
@@ -74,3 +87,33 @@ def notes(evaluations: Sequence[Evaluation]) -> list[str]:
 def _cell(summary: Summary, metric: str) -> str:
     interval = summary.interval.get(metric)
     return f"{summary.mean[metric]:.4f}" + (f" ({interval.low:.3f}, {interval.high:.3f})" if interval else "")
+
+
+def space_table(record: SpaceRecord) -> Table:
+    """The measures of a representation space."""
+    data = record.data
+    shown = Table(title=f"{record.source.name}: {data.n_images} images of {data.name}, split {data.split!r}")
+    shown.add_column(f"{record.views} views, of {'its own kind' if record.view_from == 'source' else record.view_from}")
+    shown.add_column(record.source.name, justify="right")
+    for name, value in record.metrics.model_dump().items():
+        shown.add_row(MEASURES[name], "not defined" if value is None else f"{value:.4f}")
+    if data.n_images < data.n_labelled:
+        shown.caption = f"a stratified part of {data.n_labelled} images"
+    return shown
+
+
+def imbalance_table(measured: Imbalance, title: str) -> Table:
+    """The columns of AMIMV-SSL's Table 1, and the counts they are of."""
+    shown = Table(title=title)
+    for name in ("IR", "CV", "NE", "GI", "RCR", "FB/PI/I"):
+        shown.add_column(name, justify="right")
+    shown.add_row(
+        f"{measured.imbalance_ratio:.2f}",
+        f"{measured.coefficient_of_variation:.2f}",
+        f"{measured.normalized_entropy:.2f}",
+        f"{measured.gini:.2f}",
+        f"{measured.rare_class_ratio:.2f}",
+        measured.category,
+    )
+    shown.caption = ", ".join(f"{name} {n}" for name, n in zip(measured.classes, measured.counts, strict=True))
+    return shown

@@ -20,6 +20,8 @@ from data_prep.dataset import Dataset, file_sha256
 from data_prep.errors import UserError, nearest
 from medpretrain.checkpoints.manifest import MANIFEST
 from medpretrain.data.mixture import Mixture
+from medpretrain.data.views import View
+from medpretrain.evaluation.augmented import view_of
 from medpretrain.evaluation.results import SEED, SETTING, SourceRecord, Value
 from medpretrain.export.bundle import CONFIG, FORMAT, FORMAT_VERSION, PREPROCESSING, WEIGHTS
 from medpretrain.models.backbones import Stem, create_backbone
@@ -52,6 +54,8 @@ class Source:
     """Of architecture, weights and preprocessing: equal where features are."""
     about: dict[str, Value]
     """Where the weights come from."""
+    view: View | None = None
+    """How a run's images were augmented when it was trained; None for what is no run."""
 
     def record(self) -> SourceRecord:
         """What an evaluation writes down of it."""
@@ -142,7 +146,8 @@ def _run(folder: Path) -> Source:
     name = trained.folder.resolve().name
     if trained.folder != folder:  # one of its checkpoints
         name = f"{name} (step {step})"
-    return _source(name, "run", trained.backbone, trained.preprocessing, recipe.backbone.name, about)
+    source = _source(name, "run", trained.backbone, trained.preprocessing, recipe.backbone.name, about)
+    return dataclasses.replace(source, view=view_of(recipe))
 
 
 def _export(folder: Path) -> Source:
@@ -219,7 +224,8 @@ def _as_random(source: Source, seed: int | None) -> Source:
     about: dict[str, Value] = {SEED: seed, "stem": stem, "network_of": source.name}
     if SETTING in source.about:
         about[SETTING] = source.about[SETTING]
-    return _source(f"random ({source.architecture})", "random", backbone, preprocessing, source.architecture, about)
+    made = _source(f"random ({source.architecture})", "random", backbone, preprocessing, source.architecture, about)
+    return dataclasses.replace(made, view=source.view)
 
 
 def _source(
