@@ -45,13 +45,7 @@ def evaluation(step: int = 1000, recipe: str = "1" * 64, kind: Any = "run", inte
         protocol="linear",
         variant="exact",
         parameters={},
-        source=SourceRecord(
-            name="run",
-            kind=kind,
-            sha256="5" * 64,
-            architecture="resnet18",
-            about={"step": step, "recipe_sha256": recipe},
-        ),
+        source=SourceRecord(name="run", kind=kind, sha256="5" * 64, architecture="resnet18", about=about),
         data=DataRecord(
             name="breast|mnist",
             sha256="6" * 64,
@@ -124,7 +118,7 @@ def test_windows_of_ct_stand_in_card_and_json_with_their_hounsfield_units() -> N
     said = describe(Preprocessing(64, 1, (0.2,), (0.3,), 16), "resnet18", "timm", ("timm",), found)
     first = json.loads(said.model_dump_json())["window"][0]
     assert first["window"] == shipped
-    assert first["centre_width"] == {place: [centre, width] for place, centre, width in parse_window("fixed").table}
+    assert first["centre_width"]["lung"] == [-600, 1500]
     card = model_card("demo", 512, said, PROVENANCE, {"timm": DIFFERENCES["timm"]})
     assert "For CT, centre/width in Hounsfield units:" in card
     assert "windowed before: percentile:1,99 (dataset 222222222222)" in card
