@@ -63,7 +63,7 @@ def pretrainings(work: Path) -> dict[str, list[str]]:
     for seed in SEEDS:
         for name, views in DINO.items():
             runs[f"dino_{name}_{seed}"] = [
-                *("dino_retina_weak_small", *views, "train.epochs=10", "train.threads=1"),
+                *("dino_retina_weak_small", *views, "train.epochs=6", "train.log_every=20", "train.threads=1"),
                 *("views.global.size=48", "views.local.size=32"),
                 *(f"data.path={shards / 'fundus'}", f"seed={seed}"),
             ]

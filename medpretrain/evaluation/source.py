@@ -13,18 +13,18 @@ from typing import Any, Literal
 
 import timm
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
 
-from data_prep.dataset import Dataset, file_sha256
+from data_prep.dataset import Dataset
 from data_prep.errors import UserError, nearest
 from medpretrain.checkpoints.manifest import MANIFEST
 from medpretrain.data.mixture import Mixture
 from medpretrain.data.views import View
 from medpretrain.evaluation.augmented import view_of
 from medpretrain.evaluation.results import SEED, SETTING, SourceRecord, Value
-from medpretrain.export.bundle import CONFIG, FORMAT, FORMAT_VERSION, PREPROCESSING, WEIGHTS
-from medpretrain.models.backbones import Stem, create_backbone
+from medpretrain.export.description import PREPROCESSING
+from medpretrain.export.reading import read_bundle
+from medpretrain.models.backbones import create_backbone
 from medpretrain.models.preprocessing import Preprocessing
 from medpretrain.training.build import load_run
 from medpretrain.training.start import RECIPE_FILE
@@ -34,7 +34,6 @@ FORMS = (
     "a run's folder, one of its checkpoints, an export's folder, timm:NAME (timm's pretrained weights), random:NAME or "
     "random:FOLDER (the same network untrained)"
 )
-_STEM_CONV = "conv1.weight"
 _LARGEST_DEFAULT = 224  # pixels; what networks are made for
 
 
@@ -151,35 +150,9 @@ def _run(folder: Path) -> Source:
 
 
 def _export(folder: Path) -> Source:
-    said = _read_json(folder / PREPROCESSING)
-    if said.get("format") != FORMAT:
-        raise UserError(f"{folder} is no export: {PREPROCESSING} is not of the format {FORMAT!r}")
-    version = said.get("version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise UserError(
-            f"{folder} was made by a newer medpretrain: it has version {version} of the format {FORMAT!r}, and this "
-            f"one reads up to {FORMAT_VERSION}"
-        )
-    config = _read_json(folder / CONFIG)
-    try:
-        preprocessing = Preprocessing(
-            size=said["size"],
-            channels=said["channels"],
-            mean=tuple(said["mean"]),
-            std=tuple(said["std"]),
-            bit_depth=said["bit_depth"],
-        )
-        stem: Stem = "3x3" if said["enlarge"] else "timm"
-        architecture, name = str(config["architecture"]), str(config["pretrained_cfg"]["tag"])
-    except (KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder} was changed since it was exported: {PREPROCESSING} or {CONFIG} lacks {error}"
-        ) from None
-    backbone = create_backbone(architecture, channels=preprocessing.channels, stem=stem, image_size=preprocessing.size)
-    state, metadata = _read_weights(folder / WEIGHTS, said.get("weights_sha256"))
-    _load(backbone, state, stem, folder)
-    about: dict[str, Value] = {**metadata, "stem": stem, "export_version": version}
-    return _source(name, "export", backbone, preprocessing, architecture, about)
+    loaded = read_bundle(folder)
+    about: dict[str, Value] = {**loaded.provenance, "stem": loaded.stem}
+    return _source(loaded.name, "export", loaded.backbone, loaded.preprocessing, loaded.architecture, about)
 
 
 def _timm(name: str, dataset: Dataset, size: int | None) -> Source:
@@ -279,57 +252,6 @@ def _fitting(dataset: Dataset) -> int:
     longer = sorted(dataset.sizes.max(axis=1).tolist())
     steps = round(min(longer[len(longer) // 2], _LARGEST_DEFAULT) / 32)
     return 32 * max(1, steps)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError:
-        raise UserError(f"{path} is damaged: it is not JSON") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged: it is not a JSON object")
-    return content
-
-
-def _read_weights(path: Path, sha256: str | None) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a safetensors file, and what its header says beside them."""
-    if not path.is_file():
-        raise UserError(f"{path} is missing: the export is not whole without it")
-    if sha256 is not None and file_sha256(path) != sha256:
-        raise UserError(f"{path} is not the file that was exported: its SHA-256 is not the one in {PREPROCESSING}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = {key: value for key, value in (file.metadata() or {}).items() if key != "format"}
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
-    except SafetensorError as error:
-        raise UserError(f"{path} is damaged: {error}") from None
-
-
-def _load(backbone: nn.Module, state: dict[str, Tensor], stem: Stem, folder: Path) -> None:
-    """Weights of an export into the network it was made of.
-
-    An export of a 3x3 stem holds a 7x7 kernel that is zero at its even taps (`as_plain_timm_state`); the odd taps are
-    the kernel that was trained, and read the image as it is.
-    """
-    changed = f"{folder / WEIGHTS} does not hold the weights that {CONFIG} and {PREPROCESSING} announce"
-    if stem == "3x3" and _STEM_CONV in state:
-        whole = state[_STEM_CONV].clone()
-        if whole.shape[2:] != (7, 7):
-            raise UserError(f"{changed}: {_STEM_CONV} is {tuple(whole.shape)}")
-        state[_STEM_CONV] = whole[:, :, 1::2, 1::2].contiguous()
-        whole[:, :, 1::2, 1::2] = 0
-        if whole.any():
-            raise UserError(
-                f"{changed}: {_STEM_CONV} was trained further after the export; use it as a plain timm model"
-            )
-    shapes = {key: tuple(tensor.shape) for key, tensor in backbone.state_dict().items()}
-    found = {key: tuple(tensor.shape) for key, tensor in state.items()}
-    for key in sorted(shapes.keys() | found.keys()):
-        if shapes.get(key) != found.get(key):
-            raise UserError(f"{changed}: {key} is {found.get(key, 'missing')}, not {shapes.get(key, 'expected')}")
-    backbone.load_state_dict(state)
 
 
 def _no_such(spec: str, folder: Path) -> str:
