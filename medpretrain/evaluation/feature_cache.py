@@ -43,7 +43,7 @@ def cache_key(source_sha256: str, dataset_sha256: str, rows_N: NDArray[np.int64]
         "format": [FORMAT, VERSION],
         "source": source_sha256,
         "dataset": dataset_sha256,
-        "rows": hashlib.sha256(np.ascontiguousarray(rows_N, "<i8")).hexdigest(),
+        "rows": hashlib.sha256(np.ascontiguousarray(rows_N, "<i8").data).hexdigest(),
         "device": [device.type, "tf32" if tf32 else "float32"],
         "versions": [medpretrain.__version__, torch.__version__, timm.__version__, nvidia.dali.__version__],
     }
@@ -65,7 +65,7 @@ def prepare(folder: Path) -> None:
 
 
 def load(folder: Path, key: str, count: int) -> NDArray[np.float32] | None:
-    """The features (count, D) kept under a key; None where there are none, or the file is damaged, which is warned of."""
+    """The features (count, D) kept under a key; None where there are none, or damaged ones, which is warned of."""
     path = _path(folder, key)
     if not path.is_file():
         return None
@@ -74,11 +74,12 @@ def load(folder: Path, key: str, count: int) -> NDArray[np.float32] | None:
             said = file.metadata() or {}
             features: NDArray[np.float32] = file.get_tensor("features")
     except (OSError, SafetensorError) as error:
-        return _damaged(path, str(error))
-    if said.get("key") != key or said.get("sha256") != _digest(features):
-        return _damaged(path, "its SHA-256 is another")
-    if features.dtype != np.float32 or features.ndim != 2 or len(features) != count:
-        return _damaged(path, f"it holds {features.dtype} {features.shape}")
+        damage: str | None = str(error)
+    else:
+        damage = _damage(features, said, key, count)
+    if damage is not None:
+        _log.warning("%s is damaged (%s): the features are computed anew", path, damage)
+        return None
     return features
 
 
@@ -98,8 +99,12 @@ def _path(folder: Path, key: str) -> Path:
 
 
 def _digest(features: NDArray[np.float32]) -> str:
-    return hashlib.sha256(np.ascontiguousarray(features)).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(features).data).hexdigest()
 
 
-def _damaged(path: Path, why: str) -> None:
-    _log.warning("%s is damaged (%s): the features are computed anew", path, why)
+def _damage(features: NDArray[np.float32], said: dict[str, str], key: str, count: int) -> str | None:
+    if said.get("key") != key or said.get("sha256") != _digest(features):
+        return "its SHA-256 is another"
+    if features.dtype != np.float32 or features.ndim != 2 or len(features) != count:
+        return f"it holds {features.dtype} {features.shape}"
+    return None

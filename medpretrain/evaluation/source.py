@@ -126,7 +126,8 @@ def conversion(preprocessing: Preprocessing, dataset: Dataset) -> str | None:
 
 
 def _run(folder: Path) -> Source:
-    trained = load_run(folder)
+    with torch.random.fork_rng(devices=[]):  # it seeds torch's generator with the recipe's seed
+        trained = load_run(folder)
     recipe, step = trained.recipe, trained.info.step
     about: dict[str, Value] = {
         "method": recipe.method["name"],
@@ -169,6 +170,8 @@ def _export(folder: Path) -> Source:
         raise UserError(
             f"{folder} was changed since it was exported: {PREPROCESSING} or {CONFIG} lacks {error}"
         ) from None
+    except UserError as error:
+        raise UserError(f"{folder} was changed since it was exported: {error}") from None
     backbone = create_backbone(architecture, channels=preprocessing.channels, stem=stem, image_size=preprocessing.size)
     state, metadata = _read_weights(folder / WEIGHTS, said.get("weights_sha256"))
     _load(backbone, state, stem, folder)
