@@ -219,8 +219,8 @@ def test_an_untrained_network_is_that_of_its_seed(run: Path, exported: Path, gra
     assert zero.sha256 == open_source(f"random:{exported}", dataset=gray).sha256
     assert zero.sha256 != open_source(str(run), dataset=gray).sha256
     assert (zero.name, zero.kind, zero.about["seed"]) == ("random (tiny_run)", "random", 0)
-    assert zero.preprocessing == load_run(run).preprocessing
     assert torch.equal(torch.random.get_rng_state(), state)
+    assert zero.preprocessing == load_run(run).preprocessing
 
 
 def test_a_random_network_takes_what_it_lacks_from_the_dataset(gray: Dataset, colour_dataset: Path) -> None:
