@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from data_prep.errors import UserError
 from medpretrain.evaluation import results
@@ -207,7 +208,12 @@ def _methods(records: Iterable[SourceRecord]) -> dict[str, Method]:
 
 
 def _run(source: Path, read: list[tuple[Path, Evaluation, Predictions]], methods: dict[str, Method]) -> Run:
-    recipe = read_recipe((source / RECIPE_FILE).read_text(encoding="utf-8"))
+    try:
+        recipe = read_recipe((source / RECIPE_FILE).read_text(encoding="utf-8"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"{source / RECIPE_FILE} is no recipe of this version: {where}: {first['msg']}") from None
     own = [
         methods[evaluation.source.sha256].name
         for path, evaluation, _ in read

@@ -1,0 +1,152 @@
+"""The parts of the page on pretraining: curves, views, recipes and what they ran with."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
+
+from medpretrain.recipe import Recipe
+from medpretrain.recipe_file import dump_recipe
+from medpretrain.report.book import Book, absent, heading, paragraph
+from medpretrain.report.drawing import Look
+from medpretrain.report.figures_runs import run_pictures
+from medpretrain.report.gather import Run
+from medpretrain.report.tables import Cell, Column, Table, word
+from medpretrain.report.views import Reach, sample_views
+from medpretrain.report.words import count
+
+if TYPE_CHECKING:
+    from medpretrain.data.mixture import Mixture
+
+HIDDEN = "left out of this page"
+# What a version table shows of environment.txt.
+_PACKAGES = ("medpretrain", "torch", "torchvision", "timm", "nvidia-dali-cuda130", "numpy", "scikit-learn", "deepspeed")
+
+
+def without_places(recipe: Recipe) -> Recipe:
+    """The recipe without paths, URLs and host names: folders keep their last name."""
+    data = recipe.data.model_copy(update={"path": tuple(PurePath(path).name for path in recipe.data.path)})
+    return recipe.model_copy(
+        update={
+            "data": data,
+            "run": recipe.run.model_copy(update={"dir": None}),
+            "checkpoint": recipe.checkpoint.model_copy(update={"to": recipe.checkpoint.to and HIDDEN}),
+            "tracking": recipe.tracking.model_copy(update={"uri": recipe.tracking.uri and HIDDEN}),
+        }
+    )
+
+
+def training_section(book: Book, runs: Sequence[Run], reach: Reach, look: Mapping[str, Look]) -> str:
+    """Curves, and views."""
+    if not runs:
+        return absent("None of the folders is a run: there are no training curves and no recipes to show.")
+    parts = [book.panels(run_pictures(runs, look), choose="Metric", first="all")]
+    silent = [run.name for run in runs if not run.rows]
+    if silent:
+        parts.append(absent(f"No training metrics were found of {', '.join(silent)}."))
+    parts.append(heading(3, "Training images as the model saw them", "views"))
+    if not book.images:
+        return "".join([*parts, absent("Left out: this report is without images of patients.")])
+    for run in runs:
+        parts.append(_views(book, run, reach[run.name]))
+    return "".join(parts)
+
+
+def _views(book: Book, run: Run, mixture: Mixture | str) -> str:
+    if isinstance(mixture, str):
+        return absent(f"{run.name}: no views, for {mixture}.")
+    samples = sample_views(run, mixture)
+    if isinstance(samples, str):
+        return absent(f"{run.name}: no views, for {samples}.")
+    parts = [paragraph(f"{run.name}: the first images of its first batch, a row an image, in every view it was given.")]
+    for sample in samples:
+        of = f" of {', '.join(sample.labels)}" if sample.labels else ""
+        figures = [book.thumbnail(png, f"view {name}{of}", f"{name}{of}") for name, png in sample.views]
+        label = f"{run.name}: views of one training image"
+        parts.append(
+            f'<div class="strip" tabindex="0" role="region" aria-label="{escape(label)}">{"".join(figures)}</div>'
+        )
+    return "".join(parts)
+
+
+def recipes_section(book: Book, runs: Sequence[Run], look: Mapping[str, Look]) -> str:
+    """What each run was told, where they differ, and what it ran with."""
+    if not runs:
+        return absent("None of the folders is a run: there is no recipe.")
+    parts = []
+    if len(runs) > 1:
+        parts += [heading(3, "Where the recipes differ"), _differences(book, runs)]
+    parts.append(heading(3, "Recipes"))
+    for run in runs:
+        text = dump_recipe(without_places(run.recipe))
+        parts.append(
+            f"<details><summary>{escape(run.name)}: recipe {escape(run.recipe.name)}, "
+            f"<code>{run.recipe.sha256[:16]}</code></summary><pre>{escape(text)}</pre></details>"
+        )
+    parts += [heading(3, "Versions"), book.table(versions_table(runs, look))]
+    parts.append(paragraph("Paths, hosts, command lines and addresses are left out of this page."))
+    return "".join(parts)
+
+
+def recipe_differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
+    """By dotted key of the recipes' identity the value of each run, where they are not all the same."""
+    flat = [dict(run.recipe.identity()) for run in runs]
+    keys = dict.fromkeys(key for one in flat for key in one)
+    found = {key: [one.get(key) for one in flat] for key in keys}
+    return {key: values for key, values in found.items() if len({repr(value) for value in values}) > 1}
+
+
+def _differences(book: Book, runs: Sequence[Run]) -> str:
+    found = {key: values for key, values in recipe_differences(runs).items() if key != "name"}
+    if not found:
+        return absent("The recipes do not differ in anything that decides what is trained.")
+    columns = [Column("Key", ("key",), numeric=False), *(Column(run.name, (run.name,), numeric=False) for run in runs)]
+    rows = []
+    for key, values in found.items():
+        common = max({repr(value) for value in values}, key=[repr(value) for value in values].count)
+        majority = len(runs) > 2 and [repr(value) for value in values].count(common) > 1
+        cells = [
+            Cell(_shown(value), (_shown(value),), bold=not majority or repr(value) != common) for value in values
+        ]
+        rows.append([word(key), *cells])
+    notes = ["Bold: unlike the others." if len(runs) > 2 else "Keys that are not here are the same."]
+    caption = f"{count(len(rows), 'key')} of the recipes that are not the same"
+    return book.table(Table("recipe-differences", caption, columns, rows, notes))
+
+
+def _shown(value: object) -> str:
+    return "not set" if value is None else str(value)
+
+
+def versions_table(runs: Sequence[Run], look: Mapping[str, Look]) -> Table:
+    """What each run's last start ran with."""
+    columns = [Column("Run", ("run",), numeric=False)]
+    columns += [Column(title, (name,), numeric=False) for title, name in _VERSION_COLUMNS]
+    rows = []
+    for run in runs:
+        last = run.starts[-1] if run.starts else {}
+        git = last.get("git") or {}
+        commit = f"{git['commit'][:12]}{' with changes' if git.get('dirty') else ''}" if git else "unknown"
+        versions = ", ".join(line for line in run.environment if line.partition("==")[0] in _PACKAGES)
+        machine = "; ".join(line[2:] for line in run.environment if line.startswith(("# python", "# CUDA", "# GPU", "# no")))
+        started = time.strftime("%Y-%m-%d", time.gmtime(last["time"])) if last else "unknown"
+        steps = str(run.rows[-1]["step"]) if run.rows else "unknown"
+        world = f"{last['world_size']} × {last['strategy']}" if last else "unknown"
+        said = (steps, started, str(len(run.starts)), world, commit, machine or "unknown", versions or "unknown")
+        rows.append([word(run.name, look=look[run.name]), *map(word, said)])
+    return Table("versions", "What each run ran with, at its last start", columns, rows)
+
+
+_VERSION_COLUMNS = (
+    ("Steps", "steps"),
+    ("Started", "started"),
+    ("Starts", "starts"),
+    ("Processes", "processes"),
+    ("Commit", "commit"),
+    ("Machine", "machine"),
+    ("Packages", "packages"),
+)
+
