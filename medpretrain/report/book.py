@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
-from medpretrain.report.drawing import Picture
-from medpretrain.report.tables import Table, as_html
+from medpretrain.report.drawing import Look, Picture
+from medpretrain.report.tables import Table, as_html, swatch
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Book:
         shown = [picture for picture in pictures if self.images or not picture.shows_patients]
         if not shown:
             return ""
-        kind = kind or ("few" if len(shown) < 3 else "")
+        kind = kind or ("few" if len(shown) < 3 else "four" if len(shown) in (4, 7, 8) else "")
         asked = f' data-choose="{escape(choose)}" data-first="{first}"' if choose else ""
         return f'<div class="panels {kind}"{asked}>{"".join(map(self._panel, shown))}</div>'
 
@@ -99,9 +99,21 @@ def heading(level: int, text: str, id: str = "") -> str:
 def facts(pairs: Iterable[tuple[str, str]]) -> str:
     """Terms and what they are, both text."""
     return (
-        '<dl class="facts">' + "".join(f"<dt>{escape(term)}</dt><dd>{escape(said)}</dd>" for term, said in pairs) + "</dl>"
+        '<dl class="facts">'
+        + "".join(f"<dt>{escape(term)}</dt><dd>{escape(said)}</dd>" for term, said in pairs)
+        + "</dl>"
     )
 
 
 def bullets(lines: Iterable[str]) -> str:
     return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>"
+
+
+def strip(figures: Sequence[str], label: str) -> str:
+    """Small images in a row that scrolls."""
+    return f'<div class="strip" tabindex="0" role="region" aria-label="{escape(label)}">{"".join(figures)}</div>'
+
+
+def card(title: str, look: Look, inside: Sequence[str]) -> str:
+    """A box under a method's name and colour."""
+    return f'<div class="card"><h5>{swatch(look)}{escape(title)}</h5>{"".join(inside)}</div>'

@@ -23,9 +23,7 @@ def class_intervals(one: Measured, fraction: float, resamples: int = RESAMPLES) 
     classes, units = one.evaluation.data.classes, units_at(one.evaluation, fraction)
     part = of_units(one.predictions, units)
     try:
-        counts_BP, place_R = require_resamples(
-            part.unit_R, part.patient_R, part.label_R, classes, resamples=resamples
-        )
+        counts_BP, place_R = require_resamples(part.unit_R, part.patient_R, part.label_R, classes, resamples=resamples)
     except UserError:
         return {}
     totals = {metric: np.zeros((resamples, len(classes))) for metric in METRICS}

@@ -71,19 +71,19 @@ def better(pair: Comparison) -> str:
     return pair.first if first else pair.second
 
 
-def verdict(pair: Comparison) -> str:
-    """What the two tests say, in words: trained again, and on other patients."""
-    name = better(pair)
-    if pair.significant:
-        again = f"{name} is better when trained again"
-    elif pair.least_p_holm > ALPHA:
-        again = "too few repeats to say for training again"
-    else:
-        again = "no difference shown for training again"
+def other_patients(pair: Comparison) -> str:
+    """What the interval says."""
     if pair.interval is None:
-        return again
+        return "not known"
     apart = pair.interval.low > 0 or pair.interval.high < 0
-    return f"{name} is better for other patients; {again}" if apart else f"no difference shown for other patients; {again}"
+    return f"{better(pair)} stays better" if apart else "could be otherwise"
+
+
+def trained_again(pair: Comparison) -> str:
+    """What the test says."""
+    if pair.significant:
+        return f"{better(pair)} stays better"
+    return "too few repeats to tell" if pair.least_p_holm > ALPHA else "could be otherwise"
 
 
 def notes(tests: Tests, metric: str) -> list[str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,9 +15,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-
 if TYPE_CHECKING:
-    from medpretrain.report.gather import Method
+    from medpretrain.report.gather import Material
 
 # Okabe and Ito's colours, told apart by colour-blind readers, the yellow left out, which is too faint on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -27,6 +27,7 @@ INK, SOFT, FAINT = "#222222", "#5a6670", "#dfe3e6"
 WIDTH = 3.6
 """Inches of a panel: 346 px of a browser, what a phone of 390 px has room for; text is then read at its own size."""
 _DPI = 200
+_SHORT_NAME = 20
 _STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",  # comes with matplotlib, so every machine draws the same
     "font.size": 8.5,
@@ -96,27 +97,34 @@ class Look:
     marker: str
 
 
-def looks(names: Sequence[str], untrained: Sequence[str] = ()) -> dict[str, Look]:
-    """By method; six colours, then the same ones with other lines. What is untrained is gray."""
+def looks(
+    names: Sequence[str], untrained: Collection[str] = (), families: Mapping[str, Sequence[str]] | None = None
+) -> dict[str, Look]:
+    """By method; six colours, then the same ones with other lines. What is untrained is gray; the pretrainings of one
+    recipe have its colour, each with a line of its own."""
+    member_of = {member: (family, place) for family, members in (families or {}).items() for place, member in
+                 enumerate(members)}  # fmt: skip
     found: dict[str, Look] = {}
-    trained = 0
+    trained = gray = 0
     for name in names:
         if name in untrained:
-            turn = len([one for one in found if one in untrained])
-            found[name] = Look(UNTRAINED, DASHES[(turn + 1) % len(DASHES)], "x")
-        else:
+            gray += 1
+            found[name] = Look(UNTRAINED, DASHES[gray % len(DASHES)], "x")
+        elif name not in member_of:
             turn, place = divmod(trained, len(PALETTE))
-            marker = MARKERS[(place + turn) % len(MARKERS)]
-            found[name] = Look(PALETTE[place], DASHES[turn % len(DASHES)], marker)
+            found[name] = Look(PALETTE[place], DASHES[turn % len(DASHES)], MARKERS[(place + turn) % len(MARKERS)])
             trained += 1
+    for name, (family, place) in member_of.items():
+        found[name] = Look(found[family].colour, DASHES[place % len(DASHES)], MARKERS[place % len(MARKERS)])
     return found
 
 
-def method_looks(methods: Sequence[Method], runs: Sequence[str]) -> dict[str, Look]:
+def method_looks(material: Material) -> dict[str, Look]:
     """Of all methods, and of runs that no evaluation is of."""
-    names = [method.name for method in methods]
-    untrained = [method.name for method in methods if method.source.kind == "random"]
-    return looks([*names, *(run for run in runs if run not in names)], untrained)
+    names = [method.name for method in material.methods]
+    untrained = [method.name for method in material.methods if method.source.kind == "random"]
+    others = [run.name for run in material.runs if run.name not in names]
+    return looks([*names, *others], untrained, material.families)
 
 
 @contextmanager
@@ -168,11 +176,20 @@ def small_png(raw: bytes, colours: int = 255) -> bytes:
     return out.getvalue()
 
 
-def legend_below(figure: Figure, axes: Axes, columns: int = 1) -> None:
-    """A legend under the axes, where it hides nothing."""
+def legend_below(figure: Figure, axes: Axes) -> None:
+    """A legend under the axes, where it hides nothing; in two columns where names are short."""
     handles, labels = axes.get_legend_handles_labels()
     if handles:
-        figure.legend(handles, labels, loc="outside lower left", ncols=columns)
+        figure.legend(handles, labels, loc="outside lower left", ncols=legend_columns(labels))
+
+
+def legend_columns(labels: Sequence[str]) -> int:
+    return 2 if len(labels) > 1 and max(map(len, labels)) <= _SHORT_NAME else 1
+
+
+def legend_height(labels: Sequence[str]) -> float:
+    """Inches that `legend_below` takes."""
+    return 0.17 * math.ceil(len(labels) / legend_columns(labels)) if labels else 0.0
 
 
 def shortened(text: str, most: int = 22) -> str:

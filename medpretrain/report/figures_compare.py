@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from medpretrain.report.drawing import Look, Picture, finished, legend_below, panel, shortened
+from medpretrain.report.drawing import Look, Picture, finished, legend_below, legend_height, panel, shortened
 from medpretrain.report.figures_scores import summary_at
 from medpretrain.report.gather import Group
 from medpretrain.report.words import LOWER_IS_BETTER, METRIC_NAMES
@@ -44,11 +44,11 @@ def efficiency_pictures(group: Group, look: Mapping[str, Look], stem: str) -> li
     pictures = []
     for metric in EFFICIENCY:
         title = METRIC_NAMES[metric]
-        with panel(height=2.6 + 0.17 * len(group.measured)) as (figure, axes):
+        with panel(height=2.4 + legend_height([one.method.name for one in group.measured])) as (figure, axes):
             for number, one in enumerate(group.measured):
                 style = look[one.method.name]
                 shift = 1 + 0.02 * (number - (len(group.measured) - 1) / 2)  # so that intervals stand side by side
-                chosen = [one_summary for one_summary in one.evaluation.summaries]
+                chosen = one.evaluation.summaries
                 x = [summary.fraction * shift for summary in chosen]
                 y = [summary.mean[metric] for summary in chosen]
                 axes.plot(x, y, color=style.colour, ls=style.dash, marker=style.marker, ms=4.5, label=one.method.name)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from medpretrain.report.drawing import Look, Picture, finished, legend_below, panel
+from medpretrain.report.drawing import Look, Picture, finished, legend_below, legend_height, panel
 from medpretrain.report.gather import Run
 
 # Column of metrics.jsonl, title, logarithmic axis where the values span much.
@@ -28,9 +28,7 @@ _WIDE_SPAN = 30
 def points(run: Run, column: str) -> list[tuple[int, float]]:
     """Steps and finite values of one metric."""
     given = [(row["step"], row.get(column)) for row in run.rows]
-    return [
-        (step, float(value)) for step, value in given if isinstance(value, int | float) and math.isfinite(value)
-    ]
+    return [(step, float(value)) for step, value in given if isinstance(value, int | float) and math.isfinite(value)]
 
 
 def thinned(given: Sequence[tuple[int, float]], most: int = _MOST_POINTS) -> tuple[list[float], list[float]]:
@@ -48,7 +46,7 @@ def run_pictures(runs: Sequence[Run], look: Mapping[str, Look]) -> list[Picture]
         drawn = {run.name: found for run in runs if (found := points(run, column))}
         if not drawn:
             continue
-        with panel(height=2.3 + 0.17 * math.ceil(len(drawn) / 2)) as (figure, axes):
+        with panel(height=2.25 + legend_height(list(drawn))) as (figure, axes):
             for name, given in drawn.items():
                 steps, values = thinned(given)
                 style = look[name]
@@ -59,7 +57,7 @@ def run_pictures(runs: Sequence[Run], look: Mapping[str, Look]) -> list[Picture]
                 axes.set_yscale("log")
             axes.set(title=title, xlabel="step")
             axes.margins(x=0.02)
-            legend_below(figure, axes, 2)
+            legend_below(figure, axes)
             ends = ", ".join(f"{name} ends at {given[-1][1]:.3g}" for name, given in drawn.items())
             without = [run.name for run in runs if run.name not in drawn]
             pictures.append(

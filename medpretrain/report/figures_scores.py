@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from sklearn.metrics import precision_recall_curve, roc_curve
 
 from medpretrain.evaluation.results import Evaluation, Summary, Unit
-from medpretrain.report.drawing import Look, Picture, canvas, finished, legend_below, panel, shortened
+from medpretrain.report.drawing import Look, Picture, canvas, finished, legend_below, legend_height, panel, shortened
 from medpretrain.report.gather import Group, Measured
 
 Curve = NDArray[np.float64]
@@ -72,7 +72,7 @@ def curve_pictures(group: Group, fraction: float, look: Mapping[str, Look], kind
     pictures = []
     binary = len(classes) == 2
     of = f"class {classes[1]}" if binary else f"mean of {len(classes)} classes, each against the rest"
-    with panel(height=2.75 + 0.17 * len(group.measured)) as (figure, axes):
+    with panel(height=2.75 + legend_height([f"{one.method.name}  0.000" for one in group.measured])) as (figure, axes):
         _curve_axes(axes, kind)
         for one in group.measured:
             mean, spread = found[one.method.name]
@@ -84,13 +84,13 @@ def curve_pictures(group: Group, fraction: float, look: Mapping[str, Look], kind
                 axes.fill_between(GRID, line - band, line + band, color=style.colour, alpha=0.13, lw=0)
         if kind == "pr" and binary:
             _base_rate(axes, group, 1)
-        axes.set_title(f"{title}, {shortened(of, 34)}")
+        axes.set_title(f"{title}, {shortened(of, 20)}" if binary else f"{title}, mean of classes")
         legend_below(figure, axes)
         pictures.append(
             finished(
                 figure,
                 f"{stem}-{kind}",
-                caption=f"{title} curve of {of}; {averaged}. Behind each name its {metric.upper()}"
+                caption=f"{title} curve, {of}; {averaged}. Behind each name its {metric.upper()}"
                 + (f" of {classes[1]}." if binary and metric == "aupr" else "."),
                 alt=f"{title} curves of {_names(group)}, {of}",
             )
@@ -125,6 +125,7 @@ def _class_panel(
             f"{stem}-{kind}-{k}",
             caption=f"{name} against the rest, {group.first.data.test_counts[k]:,} test images",
             alt=f"{title} curves of {_names(group)} for class {name} against the rest",
+            choice=title,
         )
 
 
@@ -194,7 +195,9 @@ def _cells(counts: NDArray[np.int64], shares: Curve, what: str) -> list[list[str
         percent = f"{100 * share:.0f}%"
         return {"both": f"{count:,}\n{percent}", "counts": f"{count}", "shares": f"{100 * share:.0f}"}[what]
 
-    return [[text(*pair) for pair in zip(*rows, strict=True)] for rows in zip(counts.tolist(), shares.tolist(), strict=True)]
+    return [
+        [text(*pair) for pair in zip(*rows, strict=True)] for rows in zip(counts.tolist(), shares.tolist(), strict=True)
+    ]
 
 
 def _draw_matrix(axes: Axes, shares: Curve, texts: list[list[str]] | None, classes: Sequence[str]) -> None:
@@ -237,7 +240,8 @@ def class_bars(
     names = {"sensitivity": "Sensitivity", "auroc": "AUROC", "aupr": "AUPR", "f1": "F1"}
     pictures = []
     for metric, title in names.items():
-        height = 1.0 + len(classes) * (0.14 * len(group.measured) + 0.16)
+        height = 0.75 + len(classes) * (0.14 * len(group.measured) + 0.16)
+        height += legend_height([one.method.name for one in group.measured])
         with panel(height=min(9.0, height)) as (figure, axes):
             thick = 0.8 / len(group.measured)
             for number, one in enumerate(group.measured):
@@ -253,7 +257,7 @@ def class_bars(
             axes.set(xlim=(0, 1.02), ylim=(len(classes) - 0.5, -0.5), title=title)
             axes.grid(False, axis="y")
             axes.tick_params(axis="y", length=0)
-            legend_below(figure, axes, 2)
+            legend_below(figure, axes)
             pictures.append(
                 finished(
                     figure,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,8 @@ class Run:
     starts: list[dict[str, Any]]
     environment: list[str]
     """The lines of its environment.txt."""
+    sources: list[str]
+    """The hash of each of its backbones that was evaluated in its folder."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,10 @@ class Group:
 
     key: str
     measured: list[Measured]
+    pretrainings: int = 1
+    """Of each method; its values are then means over them."""
+    in_short: bool = False
+    """Whether another group shows the same, with pretrainings together."""
 
     @property
     def first(self) -> Evaluation:
@@ -88,6 +94,8 @@ class Material:
     spaces: list[tuple[Method, Space]]
     notes: list[str] = field(default_factory=list)
     """What a reader must know of how it was put together."""
+    families: dict[str, list[str]] = field(default_factory=dict)
+    """By name of a method that was pretrained several times the names of its members."""
 
     @property
     def measured(self) -> list[Measured]:
@@ -118,13 +126,11 @@ def gather(sources: Sequence[Path]) -> Material:
     for _, evaluation, predictions in read:
         grouped[evaluation.comparable()].append(Measured(methods[evaluation.source.sha256], evaluation, predictions))
     order = {method.name: place for place, method in enumerate(methods.values())}
-    groups = [
-        Group(key, sorted(measured, key=lambda one: order[one.method.name])) for key, measured in grouped.items()
-    ]
+    groups = [Group(key, sorted(measured, key=lambda one: order[one.method.name])) for key, measured in grouped.items()]
     return Material(
         methods=list(methods.values()),
         runs=_named_apart(runs),
-        groups=sorted(groups, key=_rank),
+        groups=sorted(groups, key=rank),
         spaces=[(methods[space.record.source.sha256], space) for _, space in spaces],
         notes=[
             f"{method.source.name} is the name of several backbones here; each has a piece of its hash behind it"
@@ -134,11 +140,12 @@ def gather(sources: Sequence[Path]) -> Material:
     )
 
 
-def _rank(group: Group) -> tuple[object, ...]:
-    """Most methods first; then the protocol that leaves least to chance; then names, so that the order is one."""
+def rank(group: Group) -> tuple[object, ...]:
+    """Pretrainings together first, then most methods; then the protocol that leaves least to chance; then names, so that the order is one."""
     first = group.first
     protocols = ("linear", "finetune", "knn")
-    return -len(group.measured), protocols.index(first.protocol), first.data.name, first.data.label, group.key
+    named = first.data.name, first.data.label, group.key
+    return -group.pretrainings, -len(group.measured), protocols.index(first.protocol), *named
 
 
 def _files(source: Path) -> tuple[list[Path], list[Path]]:
@@ -164,7 +171,9 @@ def _checked(path: Path) -> tuple[Evaluation, Predictions]:
         counted = np.zeros((len(evaluation.data.classes),) * 2, np.int64)
         np.add.at(counted, (part.label_R, part.scores_RK.argmax(axis=1)), 1)
         if counted.tolist() != unit.metrics.confusion:
-            raise UserError(f"the scores beside {path} are not those that it counts (unit {unit.number}); evaluate again")
+            raise UserError(
+                f"the scores beside {path} are not those that it counts (unit {unit.number}); evaluate again"
+            )
     return evaluation, predictions
 
 
@@ -214,21 +223,22 @@ def _run(source: Path, read: list[tuple[Path, Evaluation, Predictions]], methods
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise UserError(f"{source / RECIPE_FILE} is no recipe of this version: {where}: {first['msg']}") from None
-    own = [
-        methods[evaluation.source.sha256].name
+    own = dict.fromkeys(
+        evaluation.source.sha256
         for path, evaluation, _ in read
         if path.parent == source / EVALUATION and evaluation.source.kind == "run"
-    ]
+    )
     datasets = dataset_hashes(source)
     provenance, environment = source / PROVENANCE_FILE, source / ENVIRONMENT_FILE
     return Run(
-        name=own[0] if own else recipe.name,
+        name=methods[next(iter(own))].name if own else recipe.name,
         folder=source,
         recipe=recipe,
         rows=read_metrics(source / METRICS_FILE) if (source / METRICS_FILE).is_file() else [],
         datasets=datasets,
         starts=json.loads(provenance.read_text(encoding="utf-8"))["starts"] if datasets else [],
         environment=environment.read_text(encoding="utf-8").splitlines() if environment.is_file() else [],
+        sources=list(own),
     )
 
 
@@ -239,7 +249,7 @@ def _named_apart(runs: list[Run]) -> list[Run]:
     for run in runs:
         seen[run.name] += 1
         name = run.name if times[run.name] == 1 else f"{run.name} ({seen[run.name]})"
-        named.append(Run(name, run.folder, run.recipe, run.rows, run.datasets, run.starts, run.environment))
+        named.append(replace(run, name=name))
     return named
 
 

@@ -9,18 +9,20 @@ from medpretrain.report.comparing import Tests
 from medpretrain.report.figures_scores import summary_at
 from medpretrain.report.gather import Group, Material
 from medpretrain.report.section_results import title
-from medpretrain.report.words import METRIC_NAMES, PROTOCOL_NAMES, count, listed, number, p_value
+from medpretrain.report.words import METRIC_NAMES, PROTOCOL_NAMES, count, listed, number, p_value, signed
 
 MAIN_METRIC = "auroc"
 
 
 def compared(material: Material) -> str:
     """One sentence: the methods, and how they were measured."""
-    names = [method.name for method in material.methods]
+    members = {name for names in material.families.values() for name in names}
+    names = [method.name for method in material.methods if method.name not in members]
     shown = names if len(names) <= 8 else [*names[:7], f"{len(names) - 7} more"]
     protocols = list(dict.fromkeys(PROTOCOL_NAMES[group.first.protocol] for group in material.groups))
     how = f", by {listed(protocols)}" if protocols else ", by their feature space"
-    return f"{listed(shown)} ({count(len(names), 'backbone')}{how})."
+    times = f", {len(members)} pretrainings" if members else ""
+    return f"{listed(shown)} ({count(len(names), 'backbone')}{times}{how})."
 
 
 def tested_on(material: Material) -> str:
@@ -54,18 +56,20 @@ def main_result(group: Group, tests: Tests, metric: str = MAIN_METRIC) -> str:
     gap = f"{summary.mean[metric] - found[1][1].mean[metric]:.3f} above {second}"
     if pair is None:
         return f"{where}: {name} is highest with {said}, {gap}; whether that is more than chance was not tested."
-    apart = pair.interval is not None and (pair.interval.low > 0 or pair.interval.high < 0)
     p = f"p {p_value(pair.p_holm)}" if pair.p_holm < 0.001 else f"p = {p_value(pair.p_holm)}"
     again = (
-        f"trained again it would be so too ({p})"
+        f"trained again it stays better ({p}, Wilcoxon, Holm)"
         if pair.significant
-        else f"for training again {count(pair.pairs, 'pair')} of repeats cannot tell"
+        else f"{count(pair.pairs, 'repeat')} cannot tell whether it stays better when trained again"
         if pair.least_p_holm > ALPHA
-        else f"trained again it may be otherwise ({p})"
+        else f"trained again it could be otherwise ({p}, Wilcoxon, Holm)"
     )
-    patients = "other patients would show the same" if apart else "with other patients it may be otherwise"
-    end = again if pair.interval is None else f"{patients} (95 % interval of the difference), and {again}"
-    return f"{where}: {name} is highest with {said}, {gap}; {end}."
+    if pair.interval is not None:
+        ends = sorted(
+            (pair.interval.low, pair.interval.high) if pair.first == name else (-pair.interval.high, -pair.interval.low)
+        )
+        gap += f" (95 % interval over patients {signed(ends[0])} to {signed(ends[1])})"
+    return f"{where}: {name} is highest with {said}, {gap}; {again}."
 
 
 def warnings(material: Material, tests: Mapping[str, Tests], shows_patients: bool) -> list[str]:
@@ -77,7 +81,7 @@ def warnings(material: Material, tests: Mapping[str, Tests], shows_patients: boo
     found = []
     if shows_patients:
         found.append(
-            "Images of patients are on this page: pass it on only where these images may go (`--no-images` makes one "
+            "Images of patients are on this page: pass it on only where these images may go (--no-images makes one "
             "without)."
         )
     found += _of_data(material)
@@ -89,17 +93,28 @@ def warnings(material: Material, tests: Mapping[str, Tests], shows_patients: boo
                     f"{title(group)}: {len(failed)} of {count(len(one.evaluation.units), 'classifier')} of "
                     f"{one.method.name} did not converge; its numbers may be too low."
                 )
-        pairs = tests[group.key].of(MAIN_METRIC)
-        if pairs and pairs[0].least_p_holm > ALPHA:
-            found.append(
-                f"{title(group)}: {count(pairs[0].pairs, 'pair')} of repeats cannot give a p below "
-                f"{p_value(pairs[0].least_p)}, and {p_value(pairs[0].least_p_holm)} after Holm's correction for "
-                f"{count(pairs[0].family, 'comparison')}; a claim needs more repeats or seeds."
-            )
         without = [one.method.name for one in group.measured if not all(s.interval for s in one.evaluation.summaries)]
         if without:
             found.append(f"{title(group)}: no interval is known of {listed(without)}.")
-    return [*found, *(note + "." for note in material.notes)]
+    return [*found, *_too_few(material, tests), *(note + "." for note in material.notes)]
+
+
+def _too_few(material: Material, tests: Mapping[str, Tests]) -> list[str]:
+    """Where no p-value can be small, by how many repeats there are."""
+    alike: dict[tuple[int, int], list[str]] = {}
+    reach: dict[tuple[int, int], float] = {}
+    for group in material.groups:
+        pairs = tests[group.key].of(MAIN_METRIC)
+        if pairs and pairs[0].least_p_holm > ALPHA:
+            key = pairs[0].pairs, pairs[0].family
+            alike.setdefault(key, []).append(title(group))
+            reach[key] = pairs[0].least_p_holm
+    return [
+        f"{'; '.join(titles)}: {count(repeats, 'repeat')} and {count(family, 'comparison')} can give no p below "
+        f"{p_value(reach[repeats, family])} after Holm's correction, whatever the numbers are; a claim needs more repeats "
+        "or seeds."
+        for (repeats, family), titles in alike.items()
+    ]
 
 
 def _of_data(material: Material) -> list[str]:
@@ -129,5 +144,3 @@ def _of_data(material: Material) -> list[str]:
         parts = [f"{listed(names)} on {', '.join(sha[:12] for sha in shas)}" for shas, names in pretrained.items()]
         found.setdefault(f"The runs were pretrained on different data: {'; '.join(parts)}.")
     return list(found)
-
-

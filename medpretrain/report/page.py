@@ -29,7 +29,7 @@ GENERATOR = "medpretrain report 1"
 def render(material: Material, *, images: bool, name: str | None) -> tuple[str, Book]:
     """The page, and what is to lie beside it. Everything that comes from a file is escaped."""
     book = Book(images)
-    look = method_looks(material.methods, [run.name for run in material.runs])
+    look = method_looks(material)
     reach = {run.name: dataset_of(run) for run in material.runs}
     differs = differences(material.groups)
     stems = {group.key: f"results-{number + 1}" for number, group in enumerate(material.groups)}
@@ -58,9 +58,7 @@ def render(material: Material, *, images: bool, name: str | None) -> tuple[str, 
         script=SCRIPT,
         generator=GENERATOR,
         title=escape(name or _title(material)),
-        lead="".join(
-            f"<dt>{term}</dt><dd{_main(term)}>{escape(said)}</dd>" for term, said in head.items()
-        ),
+        lead="".join(f"<dt>{term}</dt><dd{_main(term)}>{escape(said)}</dd>" for term, said in head.items()),
         warnings=_warnings(warnings(material, tests, book.shows_patients)),
         methods=methods,
         contents=contents if len(material.groups) > 1 else "",
@@ -79,8 +77,15 @@ def _main(term: str) -> str:
 
 
 def _title(material: Material) -> str:
-    names = [method.name for method in material.methods]
-    return f"{listed(names[:3])} compared" if 1 < len(names) <= 3 else f"{len(names)} backbones compared" if names[1:] else names[0]
+    members = {name for names in material.families.values() for name in names}
+    names = [method.name for method in material.methods if method.name not in members]
+    return (
+        f"{listed(names[:3])} compared"
+        if 1 < len(names) <= 3
+        else f"{len(names)} backbones compared"
+        if names[1:]
+        else names[0]
+    )
 
 
 def _warnings(lines: Sequence[str]) -> str:
@@ -98,10 +103,10 @@ def _versions(material: Material) -> str:
         {one.evaluation.medpretrain_version for one in material.measured}
         | {space.record.medpretrain_version for _, space in material.spaces}
     )
-    devices = sorted({one.evaluation.device for one in material.measured} | {s.record.device for _, s in material.spaces})
-    return (
-        f"Made by medpretrain {medpretrain.__version__} from what medpretrain {listed(found)} measured on {listed(devices)}."
+    devices = sorted(
+        {one.evaluation.device for one in material.measured} | {s.record.device for _, s in material.spaces}
     )
+    return f"Made by medpretrain {medpretrain.__version__} from what medpretrain {listed(found)} measured on {listed(devices)}."
 
 
 def _hash(text: str) -> str:

@@ -66,7 +66,9 @@ def data_section(material: Material, reach: Reach) -> str:
         parts.append(heading(3, f"{found[0].name}: evaluated on"))
         parts.append(facts(_recorded(found)))
         info = infos.pop(sha256, None)
-        parts.append(_made(info[1]) if info else absent("How it was made is not known here: the dataset is out of reach."))
+        parts.append(
+            _made(info[1]) if info else absent("How it was made is not known here: the dataset is out of reach.")
+        )
     for sha256, (name, info) in infos.items():
         parts.append(heading(3, f"{name}: pretrained on"))
         parts.append(facts([("SHA-256", sha256)]) + _made(info))

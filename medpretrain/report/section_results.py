@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from medpretrain.evaluation.imbalance import imbalance
-from medpretrain.evaluation.metrics import SCALARS
+from medpretrain.evaluation.results import Summary
 from medpretrain.report.book import Book, absent, heading, paragraph
 from medpretrain.report.class_intervals import RESAMPLES, class_intervals
-from medpretrain.report.comparing import TESTED, Tests, notes, verdict
+from medpretrain.report.comparing import TESTED, Tests, notes, other_patients, trained_again
 from medpretrain.report.drawing import Look
 from medpretrain.report.figures_compare import efficiency_pictures, interval_picture
 from medpretrain.report.figures_scores import (
@@ -25,7 +25,7 @@ from medpretrain.report.figures_scores import (
 )
 from medpretrain.report.gather import Group
 from medpretrain.report.tables import Cell, Column, Table, integer, word
-from medpretrain.report.words import METRIC_NAMES, PROTOCOL_NAMES, count, number, p_value
+from medpretrain.report.words import METRIC_NAMES, PROTOCOL_NAMES, count, number, p_value, signed
 
 _ARROWS = {"brier": " ↓", "ece": " ↓"}
 _CATEGORY = {"FB": "fairly balanced", "PI": "partially imbalanced", "I": "imbalanced"}
@@ -33,8 +33,13 @@ _CATEGORY = {"FB": "fairly balanced", "PI": "partially imbalanced", "I": "imbala
 
 def title(group: Group) -> str:
     first = group.first
-    where = first.data.name if first.data.test_name == first.data.name else f"{first.data.name} → {first.data.test_name}"
-    return f"{PROTOCOL_NAMES[first.protocol].capitalize()} ({first.variant}) on {where}, label {first.data.label}"
+    where = (
+        first.data.name if first.data.test_name == first.data.name else f"{first.data.name} → {first.data.test_name}"
+    )
+    times = f", {group.pretrainings} pretrainings of each" if group.pretrainings > 1 else ""
+    one = ", each pretraining by itself" if group.in_short else ""
+    name = PROTOCOL_NAMES[first.protocol]
+    return f"{name[0].upper()}{name[1:]} ({first.variant}) on {where}, label {first.data.label}{times}{one}"
 
 
 def results_section(
@@ -50,18 +55,23 @@ def results_section(
             f"page, which differs in this: {escape('; '.join(differs))}.</p>"
         )
     parts.append(book.table(comparison_table(group, fraction, look, stem, tests)))
-    shown = [interval_picture(group, fraction, look, stem, metric) for metric in ("auroc", "aupr", "balanced_accuracy")]
-    parts.append(book.panels(shown))
+    shown = ("auroc", "aupr", "balanced_accuracy")
+    parts.append(book.panels([interval_picture(group, fraction, look, stem, metric) for metric in shown]))
     parts += _tests(book, tests, stem)
+    if group.in_short:
+        parts.append(absent("The curves of these pretrainings are above, together."))
+        return "".join(parts)
     if len(group.fractions) > 1:
         parts.append(heading(4, "How much the labels matter"))
-        parts.append(book.table(efficiency_table(group, look, stem)))
+        for place, metric in enumerate(TESTED):
+            table = book.table(efficiency_table(group, metric, look, stem))
+            parts.append(table if not place else _folded(f"The same for {METRIC_NAMES[metric]}", table))
         parts.append(book.panels(efficiency_pictures(group, look, stem), choose="Metric", first="all"))
     at = f", with {fraction:g} % of the labels" if len(group.fractions) > 1 else ""
-    for kind, what in (("roc", "ROC curves"), ("pr", "Precision-recall curves")):
-        parts.append(heading(4, what + at))
-        pictures = curve_pictures(group, fraction, look, kind, stem)
-        parts.append(book.panels(pictures[:1]) + book.panels(pictures[1:], kind="small"))
+    parts.append(heading(4, "ROC and precision-recall curves" + at))
+    drawn = [curve_pictures(group, fraction, look, kind, stem) for kind in ("roc", "pr")]
+    parts.append(book.panels([pictures[0] for pictures in drawn]))
+    parts.append(book.panels([one for pictures in drawn for one in pictures[1:]], kind="small", choose="Curve"))
     if len(classes) > MOST_CLASSES:
         left = ", ".join(classes[MOST_CLASSES:])
         parts.append(absent(f"Curves of {len(classes) - MOST_CLASSES} classes are left out for room: {left}."))
@@ -101,6 +111,10 @@ def _setting(group: Group) -> str:
     return (
         f"{len(data.classes)} classes; {splits}; {count(len(first.seeds), 'seed')}; {count(len(units), 'classifier')} a "
         f"method, each fitted on {train} and tested on {test} images; patients {data.patients}."
+        + (
+            " The value of a pretraining is the mean over its classifiers; repeats are pretrainings."
+            * (group.pretrainings > 1)
+        )
         + (f" Settings: {given}." if given else "")
     )
 
@@ -109,14 +123,12 @@ def _ranges(sizes: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return [(min(column), max(column)) for column in zip(*sizes, strict=True)]
 
 
-def comparison_table(
-    group: Group, fraction: float, look: Mapping[str, Look], stem: str, tests: Tests
-) -> Table:
+def comparison_table(group: Group, fraction: float, look: Mapping[str, Look], stem: str, tests: Tests) -> Table:
     """A row a method, every scalar metric with its interval."""
     columns = [Column("Method", ("method",), numeric=False)]
     columns += [
         Column(METRIC_NAMES[metric] + _ARROWS.get(metric, ""), (metric, f"{metric}_low", f"{metric}_high"))
-        for metric in SCALARS
+        for metric in METRIC_NAMES
     ]
     columns += [Column("Units", ("units",)), Column("Test images", ("n_test",))]
     best = {metric: tests.best(metric) for metric in TESTED}
@@ -124,17 +136,7 @@ def comparison_table(
     for one in group.measured:
         summary = summary_at(one.evaluation, fraction)
         cells = [word(one.method.name, look=look[one.method.name])]
-        for metric in SCALARS:
-            interval = summary.interval.get(metric)
-            bounds = (interval.low, interval.high) if interval else (None, None)
-            cells.append(
-                Cell(
-                    number(summary.mean[metric]),
-                    (summary.mean[metric], *bounds),
-                    f"{number(interval.low)} to {number(interval.high)}" if interval else "no interval",
-                    bold=best.get(metric) == one.method.name,
-                )
-            )
+        cells += [_with_interval(summary, metric, bold=best.get(metric) == one.method.name) for metric in METRIC_NAMES]
         images = len({*one.predictions.row_R.tolist()})
         rows.append([*cells, integer(summary.units), integer(images)])
     at = f", {fraction:g} % of the labels" if len(group.fractions) > 1 else ""
@@ -170,54 +172,55 @@ def test_table(tests: Tests, metric: str, stem: str) -> Table:
         Column("p", ("p",)),
         Column("p, Holm", ("p_holm",)),
         Column("Least p", ("least_p", "least_p_holm")),
-        Column("In words", ("in_words",), numeric=False),
+        Column("With other patients", ("other_patients",), numeric=False),
+        Column("Trained again", ("trained_again",), numeric=False),
     ]
     rows = []
     for pair in tests.of(metric):
         low, high = (pair.interval.low, pair.interval.high) if pair.interval else (None, None)
-        bounds = f"{low:+.3f} to {high:+.3f}" if pair.interval else "no interval"
+        bounds = f"{signed(pair.interval.low)} to {signed(pair.interval.high)}" if pair.interval else "no interval"
         rows.append(
             [
                 Cell(f"{pair.first} − {pair.second}", (pair.first, pair.second)),
-                Cell(f"{pair.difference:+.3f}", (pair.difference, low, high), bounds),
+                Cell(signed(pair.difference), (pair.difference, low, high), bounds),
                 integer(pair.pairs),
                 Cell(p_value(pair.p), (pair.p,)),
                 Cell(p_value(pair.p_holm), (pair.p_holm,), bold=pair.significant),
                 Cell(p_value(pair.least_p), (pair.least_p, pair.least_p_holm), p_value(pair.least_p_holm)),
-                word(verdict(pair)),
+                word(other_patients(pair)),
+                word(trained_again(pair)),
             ]
         )
     caption = f"Differences in {METRIC_NAMES[metric]} between methods"
     return Table(f"{stem}-tests-{metric.replace('_', '-')}", caption, columns, rows, notes(tests, metric))
 
 
-def efficiency_table(group: Group, look: Mapping[str, Look], stem: str) -> Table:
-    """A row a method and fraction."""
-    shown = ("auroc", "aupr", "balanced_accuracy", "accuracy")
-    columns = [Column("Method", ("method",), numeric=False), Column("Labels, %", ("fraction",))]
-    columns += [Column("Images", ("n_train",)), Column("Units", ("units",))]
-    columns += [Column(METRIC_NAMES[metric], (metric, f"{metric}_low", f"{metric}_high")) for metric in shown]
+def efficiency_table(group: Group, metric: str, look: Mapping[str, Look], stem: str) -> Table:
+    """A row a method, a column a fraction."""
+    columns = [Column("Method", ("method",), numeric=False)]
+    for fraction in group.fractions:
+        name = f"{metric}_{fraction:g}"
+        columns.append(Column(f"{fraction:g} %", (name, f"{name}_low", f"{name}_high")))
     rows = []
     for one in group.measured:
-        for summary in one.evaluation.summaries:
-            cells = []
-            for metric in shown:
-                interval = summary.interval.get(metric)
-                bounds = (interval.low, interval.high) if interval else (None, None)
-                small = f"{number(interval.low)} to {number(interval.high)}" if interval else "no interval"
-                cells.append(Cell(number(summary.mean[metric]), (summary.mean[metric], *bounds), small))
-            sizes = sorted(unit.n_train for unit in units_at(one.evaluation, summary.fraction))
-            images = f"{sizes[0]:,}" if sizes[0] == sizes[-1] else f"{sizes[0]:,} to {sizes[-1]:,}"
-            rows.append(
-                [
-                    word(one.method.name, look=look[one.method.name]),
-                    Cell(f"{summary.fraction:g}", (summary.fraction,)),
-                    Cell(images, (images.replace(",", ""),)),
-                    integer(summary.units),
-                    *cells,
-                ]
-            )
-    return Table(f"{stem}-labels", "Metrics over the share of labelled training patients", columns, rows)
+        found = [summary_at(one.evaluation, fraction) for fraction in group.fractions]
+        rows.append(
+            [word(one.method.name, look=look[one.method.name]), *(_with_interval(each, metric) for each in found)]
+        )
+    sizes = {fraction: sorted(unit.n_train for unit in units_at(group.first, fraction)) for fraction in group.fractions}
+    images = [
+        f"{fraction:g} %: {of[0]:,}" + (f" to {of[-1]:,}" if of[-1] != of[0] else "") for fraction, of in sizes.items()
+    ]
+    caption = f"{METRIC_NAMES[metric]} over the share of labelled training patients"
+    said = [f"Training images of a classifier: {', '.join(images)}."]
+    return Table(f"{stem}-labels-{metric.replace('_', '-')}", caption, columns, rows, said)
+
+
+def _with_interval(summary: Summary, metric: str, bold: bool = False) -> Cell:
+    interval = summary.interval.get(metric)
+    bounds = (interval.low, interval.high) if interval else (None, None)
+    small = f"{number(interval.low)} to {number(interval.high)}" if interval else "no interval"
+    return Cell(number(summary.mean[metric]), (summary.mean[metric], *bounds), small, bold=bold)
 
 
 def confusion_table(group: Group, fraction: float, look: Mapping[str, Look], stem: str) -> Table:

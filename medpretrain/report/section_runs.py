@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from medpretrain.recipe import Recipe
 from medpretrain.recipe_file import dump_recipe
-from medpretrain.report.book import Book, absent, heading, paragraph
+from medpretrain.report.book import Book, absent, card, heading, paragraph, strip
 from medpretrain.report.drawing import Look
 from medpretrain.report.figures_runs import run_pictures
 from medpretrain.report.gather import Run
@@ -50,26 +51,30 @@ def training_section(book: Book, runs: Sequence[Run], reach: Reach, look: Mappin
     parts.append(heading(3, "Training images as the model saw them", "views"))
     if not book.images:
         return "".join([*parts, absent("Left out: this report is without images of patients.")])
+    cards, without = [], []
     for run in runs:
-        parts.append(_views(book, run, reach[run.name]))
-    return "".join(parts)
+        found = _views(book, run, reach[run.name])
+        if isinstance(found, str):
+            without.append(absent(f"{run.name}: no views, for {found}."))
+        else:
+            cards.append(card(run.name, look[run.name], found))
+    if cards:
+        parts.append(absent("The first images of the first batch, a row an image, in every view that was made of it."))
+        parts.append(f'<div class="strips">{"".join(cards)}</div>')
+    return "".join([*parts, *without])
 
 
-def _views(book: Book, run: Run, mixture: Mixture | str) -> str:
-    if isinstance(mixture, str):
-        return absent(f"{run.name}: no views, for {mixture}.")
-    samples = sample_views(run, mixture)
+def _views(book: Book, run: Run, mixture: Mixture | str) -> list[str] | str:
+    """A strip an image, or why there are none."""
+    samples = mixture if isinstance(mixture, str) else sample_views(run, mixture)
     if isinstance(samples, str):
-        return absent(f"{run.name}: no views, for {samples}.")
-    parts = [paragraph(f"{run.name}: the first images of its first batch, a row an image, in every view it was given.")]
+        return samples
+    strips = []
     for sample in samples:
         of = f" of {', '.join(sample.labels)}" if sample.labels else ""
         figures = [book.thumbnail(png, f"view {name}{of}", f"{name}{of}") for name, png in sample.views]
-        label = f"{run.name}: views of one training image"
-        parts.append(
-            f'<div class="strip" tabindex="0" role="region" aria-label="{escape(label)}">{"".join(figures)}</div>'
-        )
-    return "".join(parts)
+        strips.append(strip(figures, f"{run.name}: views of one training image"))
+    return strips
 
 
 def recipes_section(book: Book, runs: Sequence[Run], look: Mapping[str, Look]) -> str:
@@ -91,12 +96,45 @@ def recipes_section(book: Book, runs: Sequence[Run], look: Mapping[str, Look]) -
     return "".join(parts)
 
 
-def recipe_differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
-    """By dotted key of the recipes' identity the value of each run, where they are not all the same."""
-    flat = [dict(run.recipe.identity()) for run in runs]
+def recipe_differences(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """By dotted key, or by a part of the recipe that not every run has, what each run says, where not all say the same.
+
+    Only what decides what is trained; lists are kept whole.
+    """
+    flat = [_identity(run.recipe) for run in runs]
     keys = dict.fromkeys(key for one in flat for key in one)
-    found = {key: [one.get(key) for one in flat] for key in keys}
-    return {key: values for key, values in found.items() if len({repr(value) for value in values}) > 1}
+    found: dict[str, list[str]] = {}
+    for key in keys:
+        if all(key in one for one in flat):
+            found[key] = [_shown(one[key]) for one in flat]
+        else:
+            part = ".".join(key.split(".")[:2]) if key.startswith("views.") else key.split(".")[0]
+            found[part if part.startswith("views.") else f"{part}, its own options"] = [
+                _own(one, part, flat) for one in flat
+            ]
+    return {key: values for key, values in found.items() if len(set(values)) > 1}
+
+
+def _own(one: Mapping[str, Any], part: str, flat: Sequence[Mapping[str, Any]]) -> str:
+    """What one recipe says in a part where not all have the same keys; what is off is left out."""
+    keys = [key for key in one if key.startswith(f"{part}.") and not all(key in other for other in flat)]
+    said = [f"{key.removeprefix(f'{part}.')} {_shown(one[key])}" for key in keys if one[key] not in (None, 0.0, [])]
+    return ", ".join(said) or "none"
+
+
+def _identity(recipe: Recipe) -> dict[str, Any]:
+    """As `Recipe.identity`, lists kept whole."""
+    deciding = recipe.identity().keys()
+    kept = {re.sub(r"(\.\d+)+$", "", key) for key in deciding}
+    return {key: value for key, value in _leaves(recipe.resolved()) if key in kept}
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for name, inside in value.items():
+            yield from _leaves(inside, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, value
 
 
 def _differences(book: Book, runs: Sequence[Run]) -> str:
@@ -106,19 +144,21 @@ def _differences(book: Book, runs: Sequence[Run]) -> str:
     columns = [Column("Key", ("key",), numeric=False), *(Column(run.name, (run.name,), numeric=False) for run in runs)]
     rows = []
     for key, values in found.items():
-        common = max({repr(value) for value in values}, key=[repr(value) for value in values].count)
-        majority = len(runs) > 2 and [repr(value) for value in values].count(common) > 1
-        cells = [
-            Cell(_shown(value), (_shown(value),), bold=not majority or repr(value) != common) for value in values
-        ]
+        common = max(values, key=values.count)
+        majority = len(runs) > 2 and values.count(common) > 1
+        cells = [Cell(value, (value,), bold=majority and value != common) for value in values]
         rows.append([word(key), *cells])
-    notes = ["Bold: unlike the others." if len(runs) > 2 else "Keys that are not here are the same."]
-    caption = f"{count(len(rows), 'key')} of the recipes that are not the same"
+    notes = ["Bold: unlike most. Keys that are not here are the same in all."]
+    caption = f"{count(len(rows), 'part')} of the recipes that {'is' if len(rows) == 1 else 'are'} not the same"
     return book.table(Table("recipe-differences", caption, columns, rows, notes))
 
 
 def _shown(value: object) -> str:
-    return "not set" if value is None else str(value)
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_shown, value)) + "]"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "not set" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def versions_table(runs: Sequence[Run], look: Mapping[str, Look]) -> Table:
@@ -131,7 +171,9 @@ def versions_table(runs: Sequence[Run], look: Mapping[str, Look]) -> Table:
         git = last.get("git") or {}
         commit = f"{git['commit'][:12]}{' with changes' if git.get('dirty') else ''}" if git else "unknown"
         versions = ", ".join(line for line in run.environment if line.partition("==")[0] in _PACKAGES)
-        machine = "; ".join(line[2:] for line in run.environment if line.startswith(("# python", "# CUDA", "# GPU", "# no")))
+        machine = "; ".join(
+            line[2:] for line in run.environment if line.startswith(("# python", "# CUDA", "# GPU", "# no"))
+        )
         started = time.strftime("%Y-%m-%d", time.gmtime(last["time"])) if last else "unknown"
         steps = str(run.rows[-1]["step"]) if run.rows else "unknown"
         world = f"{last['world_size']} × {last['strategy']}" if last else "unknown"
@@ -149,4 +191,3 @@ _VERSION_COLUMNS = (
     ("Machine", "machine"),
     ("Packages", "packages"),
 )
-

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from medpretrain.report.book import Book, absent, heading, paragraph
+from medpretrain.report.book import Book, absent, card, heading, paragraph, strip
 from medpretrain.report.drawing import Look
 from medpretrain.report.spaces import (
     Described,
@@ -40,7 +40,9 @@ def space_section(book: Book, spaces: Sequence[Described], look: Mapping[str, Lo
         parts.append(heading(3, f"{data.name}, split {data.split}, label {data.label}", stem))
         if len(together) > 1:
             parts.append(
-                paragraph("Measured on other images or other views than the rest: not to be compared with it.", "differs")
+                paragraph(
+                    "Measured on other images or other views than the rest: not to be compared with it.", "differs"
+                )
             )
         parts.append(paragraph(_setting(alike)))
         parts.append(book.table(metrics_table(alike, look, f"{stem}-metrics")))
@@ -50,9 +52,9 @@ def space_section(book: Book, spaces: Sequence[Described], look: Mapping[str, Lo
         maps = projection_pictures(alike, stem)
         parts.append(book.panels(maps, choose="Coloured") if maps else absent("No t-SNE or UMAP map was made."))
         parts.append(heading(4, "Nearest neighbours"))
-        parts.append(_neighbours(book, alike))
+        parts.append(_neighbours(book, alike, look))
         parts.append(heading(4, "Attention"))
-        parts.append(_attention(book, alike))
+        parts.append(_attention(book, alike, look))
     return "".join(parts)
 
 
@@ -66,16 +68,13 @@ def _setting(alike: Sequence[Described]) -> str:
     return f"{said}; augmentation {' or '.join(kinds)}. Patients {data.patients}."
 
 
-def _neighbours(book: Book, alike: Sequence[Described]) -> str:
+def _neighbours(book: Book, alike: Sequence[Described], look: Mapping[str, Look]) -> str:
     if not book.images:
         return absent("Left out: this report is without images of patients.")
-    parts = []
+    cards = []
     for method, space in alike:
         classes = space.record.data.classes
-        if not space.record.neighbours:
-            parts.append(absent(f"{method.name}: no neighbours were kept."))
-            continue
-        parts.append(paragraph(f"{method.name}"))
+        strips = []
         for one in space.record.neighbours[:_MOST_QUERIES]:
             query = _image(book, space, one.row, f"{classes[one.label]}, the query", "query")
             others = [
@@ -88,14 +87,16 @@ def _neighbours(book: Book, alike: Sequence[Described]) -> str:
                 )
                 for near in one.nearest[:_MOST_NEAREST]
             ]
-            parts.append(_strip([query, *others], f"{method.name}: an image of {classes[one.label]} and its neighbours"))
+            label = f"{method.name}: an image of {classes[one.label]} and its neighbours"
+            strips.append(strip([query, *others], label))
+        cards.append(card(method.name, look[method.name], strips or [absent("No neighbours were kept.")]))
     others_only = all(space.record.other_patients_only for _, space in alike)
     whose = "of other patients" if others_only else "which may be of the same patient"
     note = (
-        f"First the query, then the images nearest to it by cosine similarity, {whose}; green frames: of its class, "
-        "orange frames: of another; the numbers are similarities."
+        f"Blue frame: the query; then the images nearest to it by cosine similarity, {whose}; green: of its class, "
+        "orange: of another. The numbers are similarities."
     )
-    return paragraph(note, "absent") + "".join(parts)
+    return absent(note) + f'<div class="strips">{"".join(cards)}</div>'
 
 
 def _image(book: Book, space: Space, row: int, caption: str, kind: str) -> str:
@@ -105,20 +106,16 @@ def _image(book: Book, space: Space, row: int, caption: str, kind: str) -> str:
     return book.thumbnail(thumbnail(space.pixels(found[0])), f"image of {caption}", caption, kind)
 
 
-def _strip(figures: Sequence[str], label: str) -> str:
-    return f'<div class="strip" tabindex="0" role="region" aria-label="{escape(label)}">{"".join(figures)}</div>'
-
-
-def _attention(book: Book, alike: Sequence[Described]) -> str:
+def _attention(book: Book, alike: Sequence[Described], look: Mapping[str, Look]) -> str:
     if not book.images:
         return absent("Left out: this report is without images of patients.")
-    parts = []
+    cards, without = [], []
     for method, space in alike:
         if space.record.no_attention is not None:
-            parts.append(absent(f"{method.name}: no attention maps, for {space.record.no_attention}."))
+            without.append(absent(f"{method.name}: no attention maps, for {space.record.no_attention}."))
             continue
         rows = list(dict.fromkeys(picture.row for picture in space.record.pictures if picture.kind == "attention"))
-        parts.append(paragraph(method.name))
+        strips = []
         for row in rows[:_MOST_ATTENTION]:
             figures = [_image(book, space, row, "image", "")]
             heads = space.record.of_kind("attention", row)
@@ -126,5 +123,6 @@ def _attention(book: Book, alike: Sequence[Described]) -> str:
             for head in heads[: 1 + _MOST_HEADS]:
                 name = "mean of heads" if head.number is None else f"head {head.number + 1}"
                 figures.append(book.thumbnail(thumbnail(space.pixels(head)), f"attention map, {name}", name))
-            parts.append(_strip(figures, f"{method.name}: an image and the attention of its class token"))
-    return "".join(parts)
+            strips.append(strip(figures, f"{method.name}: an image and the attention of its class token"))
+        cards.append(card(method.name, look[method.name], strips))
+    return (f'<div class="strips">{"".join(cards)}</div>' if cards else "") + "".join(without)

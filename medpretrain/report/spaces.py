@@ -14,7 +14,7 @@ from data_prep.errors import UserError
 from medpretrain.evaluation import space_record
 from medpretrain.evaluation.space_record import Picture as StoredPicture
 from medpretrain.evaluation.space_record import Points, SpaceRecord
-from medpretrain.report.drawing import PALETTE, Look, Picture, finished, legend_below, panel, shortened
+from medpretrain.report.drawing import PALETTE, Look, Picture, finished, legend_below, legend_height, panel, shortened
 from medpretrain.report.tables import Cell, Column, Table, word
 
 if TYPE_CHECKING:
@@ -99,7 +99,11 @@ def metrics_table(spaces: Sequence[Described], look: Mapping[str, Look], name: s
 
 
 def _measure(value: float | None) -> Cell:
-    return Cell("none", (None,)) if value is None else Cell(f"{value:.3f}" if abs(value) < 100 else f"{value:.1f}", (value,))
+    return (
+        Cell("none", (None,))
+        if value is None
+        else Cell(f"{value:.3f}" if abs(value) < 100 else f"{value:.1f}", (value,))
+    )
 
 
 def histogram_pictures(spaces: Sequence[Described], stem: str) -> list[Picture]:
@@ -167,7 +171,10 @@ def _map(name: str, space: Space, technique: str, label: str, file: str) -> Pict
     colours = dict(zip(sorted(known), _COLOURS, strict=False))
     points = chosen[order]
     title = _NAMES[technique]
-    with panel(height=3.5 + 0.16 * math.ceil(len(known) / 2)) as (figure, axes):
+    with panel(height=3.4 + legend_height([shortened(value, 22) for value in known] + ["other or unknown"])) as (
+        figure,
+        axes,
+    ):
         face = [colours.get(words[at], _UNKNOWN) for at in points.tolist()]
         size = float(np.clip(9000 / max(1, len(points)), 3, 22))
         axes.scatter(*place[points].T, c=face, s=size, lw=0, alpha=0.8, rasterized=True)
@@ -180,7 +187,7 @@ def _map(name: str, space: Space, technique: str, label: str, file: str) -> Pict
         axes.grid(False)
         axes.set_aspect("equal", adjustable="datalim")
         axes.spines[["top", "right"]].set_visible(True)
-        legend_below(figure, axes, 2)
+        legend_below(figure, axes)
         rest = f" of {shown.sum():,}" if len(chosen) < shown.sum() else ""
         few = f"; the {MOST_COLOURS} largest of {len(values)} have a colour" if len(known) < len(values) else ""
         return finished(
@@ -192,4 +199,3 @@ def _map(name: str, space: Space, technique: str, label: str, file: str) -> Pict
             vector=False,
             choice=f"by {label}",
         )
-

@@ -11,8 +11,10 @@ body { margin: 0; background: var(--ground); color: var(--ink); font: 15px/1.55 
 main { max-width: 1240px; margin: 0 auto; padding: 0 24px 60px; }
 h1 { font-size: 28px; line-height: 1.2; margin: 30px 0 10px; overflow-wrap: anywhere; }
 h2 { font-size: 21px; margin: 52px 0 12px; padding-top: 16px; border-top: 2px solid var(--line); }
+nav + h2 { margin-top: 8px; border-top: 0; }
 h3 { font-size: 17px; margin: 34px 0 8px; overflow-wrap: anywhere; }
 h4 { font-size: 15px; margin: 26px 0 8px; }
+h5 { font-size: 14px; margin: 0 0 8px; }
 p { margin: 8px 0; max-width: 78ch; overflow-wrap: anywhere; }
 small { color: var(--soft); font-weight: normal; font-size: 12.5px; }
 a { color: var(--accent); }
@@ -35,11 +37,11 @@ figure { margin: 0; min-width: 0; }
 .scroll { overflow-x: auto; }
 .scroll:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
 table { border-collapse: collapse; min-width: 100%; font-size: 14px; }
-th, td { text-align: left; padding: 6px 20px 6px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+th, td { text-align: left; padding: 6px 15px 6px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 td:last-child, th:last-child { padding-right: 4px; }
 tbody tr:last-child > * { border-bottom: 0; }
 thead th { color: var(--soft); font-weight: normal; vertical-align: bottom; }
-tbody th { font-weight: 600; white-space: nowrap; }
+tbody th { font-weight: 600; white-space: nowrap; position: sticky; left: 0; background: var(--card); }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 td small, th small { display: block; font-size: 12px; }
 .notes { margin: 8px 0 0; padding-left: 18px; color: var(--soft); font-size: 13px; }
@@ -48,6 +50,7 @@ td small, th small { display: block; font-size: 12px; }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(310px, 100%), 1fr)); gap: 14px; margin: 12px 0;
   align-items: start; }
 .panels.few { grid-template-columns: repeat(auto-fill, minmax(min(310px, 100%), 400px)); }
+.panels.four { grid-template-columns: repeat(auto-fill, minmax(min(272px, 100%), 1fr)); }
 .panels.small { grid-template-columns: repeat(auto-fill, minmax(min(210px, 46%), 1fr)); gap: 10px; }
 .panel { background: var(--card); border: 1px solid var(--line); border-radius: 8px; overflow: hidden;
   break-inside: avoid; }
@@ -64,10 +67,12 @@ details { margin: 10px 0; }
 summary { cursor: pointer; color: var(--accent); }
 .facts { display: grid; grid-template-columns: minmax(130px, 220px) 1fr; gap: 5px 20px; margin: 0; }
 .facts dt { color: var(--soft); } .facts dd { margin: 0; overflow-wrap: anywhere; }
+.strips { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(430px, 100%), 1fr)); gap: 14px; }
+.strips .card { margin: 0; min-width: 0; }
 .strip { display: flex; gap: 10px; overflow-x: auto; padding-bottom: 6px; }
-.strip figure { flex: 0 0 auto; width: 86px; font-size: 11.5px; line-height: 1.3; color: var(--soft); }
-.strip img { display: block; width: 86px; height: 86px; object-fit: contain; background: #000; image-rendering: pixelated;
-  border-radius: 4px; border: 2px solid transparent; }
+.strip figure { flex: 0 0 auto; width: 80px; font-size: 11.5px; line-height: 1.3; color: var(--soft); }
+.strip img { display: block; width: 80px; height: 80px; object-fit: contain; background: #000 padding-box;
+  border-radius: 4px; border: 3px solid transparent; }
 .strip .query img { border-color: var(--accent); }
 .strip .right img { border-color: #009E73; } .strip .wrong img { border-color: #D55E00; }
 .strip figcaption { overflow-wrap: anywhere; padding-top: 3px; }
@@ -88,7 +93,9 @@ footer { margin-top: 50px; border-top: 1px solid var(--line); padding-top: 12px;
   h2, h3, h4 { break-after: avoid; } tr, .panel, .strip { break-inside: avoid; }
   .scroll { overflow: visible; } table { font-size: 8pt; } th, td { padding: 3px 7px 3px 0; }
   tbody th, .number { white-space: normal; } .strip { flex-wrap: wrap; overflow: visible; }
-  .panels, .panels.few { grid-template-columns: 1fr 1fr; } .panels.small { grid-template-columns: 1fr 1fr 1fr; }
+  .panels, .panels.few, .panels.four { grid-template-columns: 1fr 1fr; }
+  tbody th { position: static; } .panels.four { grid-template-columns: repeat(auto-fill, minmax(min(272px, 100%), 1fr)); }
+.panels.small { grid-template-columns: 1fr 1fr 1fr; }
   a { color: inherit; text-decoration: none; }
 }
 """

@@ -26,8 +26,18 @@ def number(value: float) -> str:
     return f"{value:.3f}"
 
 
-def p_value(p: float) -> str:
+def signed(value: float) -> str:
+    """A difference, with a minus and not a hyphen.
+
+    >>> signed(0.0123), signed(-0.2)
+    ('+0.012', '−0.200')
     """
+    return f"{value:+.3f}".replace("-", "−")
+
+
+def p_value(p: float) -> str:
+    """A p-value as it is read.
+
     >>> p_value(0.0312), p_value(0.00001), p_value(0.5)
     ('0.031', '< 0.001', '0.50')
     """
@@ -37,7 +47,8 @@ def p_value(p: float) -> str:
 
 
 def listed(names: list[str]) -> str:
-    """
+    """Names in a sentence.
+
     >>> listed(["a", "b", "c"])
     'a, b and c'
     """
@@ -45,7 +56,8 @@ def listed(names: list[str]) -> str:
 
 
 def count(n: int, what: str, plural: str = "") -> str:
-    """
+    """How many of what.
+
     >>> count(1, "image"), count(1200, "image"), count(2, "class", "classes")
     ('1 image', '1,200 images', '2 classes')
     """

@@ -13,6 +13,7 @@ from medpretrain.report.book import Book
 from medpretrain.report.gather import Material, gather
 from medpretrain.report.page import GENERATOR, render
 from medpretrain.report.tables import as_csv, as_latex
+from medpretrain.report.together import with_families
 
 PAGE, FIGURES, TABLES = "index.html", "figures", "tables"
 
@@ -39,7 +40,7 @@ def report(
         UserError: as `gather`; OUT exists and is not an earlier report, or is one and overwrite is False.
     """
     _refuse_unless_free(out, overwrite)
-    material = gather(sources)
+    material = with_families(gather(sources))
     page, book = render(material, images=images, name=title)
     _refuse_places(page, book, sources, out, material)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -78,7 +78,9 @@ def evaluated(
                 scores = np.exp(logits)
                 scores /= scores.sum(axis=1, keepdims=True)
                 number = len(units)
-                parts.append(Predictions(np.full(len(rows), number, np.int32), rows, rows // 2, of.astype(np.int32), scores))
+                parts.append(
+                    Predictions(np.full(len(rows), number, np.int32), rows, rows // 2, of.astype(np.int32), scores)
+                )
                 units.append(
                     Unit(
                         number=number,
@@ -104,7 +106,9 @@ def evaluated(
         repeats=repeats,
         seeds=[0],
         units=units,
-        summaries=[_with_intervals(one, intervals) for one in summarise(units, predictions, record.classes, resamples=0)],
+        summaries=[
+            _with_intervals(one, intervals) for one in summarise(units, predictions, record.classes, resamples=0)
+        ],
         seconds=1.0,
         device="cpu",
         medpretrain_version="0.1.0",
@@ -114,11 +118,15 @@ def evaluated(
 
 def _with_intervals(summary: Summary, wanted: bool) -> Summary:
     """Made up, for a bootstrap takes time: 0.04 below to 0.03 above each mean."""
-    bounds = {name: Interval(low=value - 0.04, high=value + 0.03) for name, value in summary.mean.items()}
+    bounds = {
+        name: Interval(low=max(0.0, value - 0.04), high=min(1.0, value + 0.03)) for name, value in summary.mean.items()
+    }
     return summary.model_copy(update={"interval": bounds if wanted else {}})
 
 
-def write_run(folder: Path, name: str, *, seed: int = 0, data_path: str = "/secret/place/mednist", steps: int = 60) -> Path:
+def write_run(
+    folder: Path, name: str, *, seed: int = 0, data_path: str = "/secret/place/mednist", steps: int = 60
+) -> Path:
     """A run folder without checkpoints: recipe, metrics, provenance, environment."""
     recipe_name = {"simclr": "demo_dino"}.get(name, "demo_modan_mulsupcon")
     recipe = load_recipe(recipe_name, [f"seed={seed}", f"data.path={data_path}", f"run.dir={folder}"])
@@ -156,7 +164,9 @@ def write_run(folder: Path, name: str, *, seed: int = 0, data_path: str = "/secr
         "environment_sha256": "e" * 64,
     }
     (folder / "provenance.json").write_text(json.dumps({"starts": [start]}))
-    (folder / "environment.txt").write_text("# python 3.11.2 (CPython)\n# no CUDA device\ntimm==1.0.27\ntorch==2.11.0\n")
+    (folder / "environment.txt").write_text(
+        "# python 3.11.2 (CPython)\n# no CUDA device\ntimm==1.0.27\ntorch==2.11.0\n"
+    )
     return folder
 
 
