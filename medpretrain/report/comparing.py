@@ -93,8 +93,8 @@ def notes(tests: Tests, metric: str) -> list[str]:
     found = [
         "Difference: mean of the first minus mean of the second; below it the 95 % interval over patients (paired "
         "bootstrap), which asks whether other patients would show the same.",
-        f"p: Wilcoxon's signed-rank test, two-sided and exact, of {count(first.pairs, 'pair')} of repeats or seeds, each "
-        "the mean of its folds, which asks whether training again would show the same; Holm: corrected for the "
+        f"p: Wilcoxon's signed-rank test, two-sided and exact, of {count(first.pairs, 'pair')} of repeats or seeds, "
+        "each the mean of its folds, which asks whether training again would show the same; Holm: corrected for the "
         f"{count(first.family, 'comparison')} of this table.",
         f"Least p: what so many pairs can give at best, before and after the correction. {_reach(first)}",
     ]

@@ -141,7 +141,7 @@ def gather(sources: Sequence[Path]) -> Material:
 
 
 def rank(group: Group) -> tuple[object, ...]:
-    """Pretrainings together first, then most methods; then the protocol that leaves least to chance; then names, so that the order is one."""
+    """Pretrainings together, then most methods, then the protocol that leaves least to chance, then names."""
     first = group.first
     protocols = ("linear", "finetune", "knn")
     named = first.data.name, first.data.label, group.key
@@ -261,7 +261,7 @@ def differences(groups: Sequence[Group]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for alike in titled.values():
         flat = [_settings(group.first) for group in alike]
-        keys = [key for key in dict.fromkeys(key for one in flat for key in one)]
+        keys = list(dict.fromkeys(key for one in flat for key in one))
         differing = [key for key in keys if len({one.get(key, "not given") for one in flat}) > 1]
         for group, one in zip(alike, flat, strict=True):
             found[group.key] = [f"{key}: {one.get(key, 'not given')}" for key in differing] if len(alike) > 1 else []

@@ -111,8 +111,8 @@ def _too_few(material: Material, tests: Mapping[str, Tests]) -> list[str]:
             reach[key] = pairs[0].least_p_holm
     return [
         f"{'; '.join(titles)}: {count(repeats, 'repeat')} and {count(family, 'comparison')} can give no p below "
-        f"{p_value(reach[repeats, family])} after Holm's correction, whatever the numbers are; a claim needs more repeats "
-        "or seeds."
+        f"{p_value(reach[repeats, family])} after Holm's correction, whatever the numbers are; a claim needs more "
+        "repeats or seeds."
         for (repeats, family), titles in alike.items()
     ]
 
@@ -124,7 +124,8 @@ def _of_data(material: Material) -> list[str]:
         if data.patients != "known":
             found.setdefault(
                 f"{data.name}: patients are {data.patients}, so nothing shows that no patient is in both training and "
-                "test; each image of an unknown patient counts as a patient of its own, and intervals may be too narrow."
+                "test; each image of an unknown patient counts as a patient of its own, and intervals may be too "
+                "narrow."
             )
         left = ", ".join(f"{n:,} of {split}" for split, n in data.left_out.items() if n)
         if left:

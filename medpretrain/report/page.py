@@ -99,14 +99,12 @@ def bullets_of_links(links: Sequence[tuple[str, str]]) -> str:
 
 
 def _versions(material: Material) -> str:
-    found = sorted(
-        {one.evaluation.medpretrain_version for one in material.measured}
-        | {space.record.medpretrain_version for _, space in material.spaces}
-    )
-    devices = sorted(
-        {one.evaluation.device for one in material.measured} | {s.record.device for _, s in material.spaces}
-    )
-    return f"Made by medpretrain {medpretrain.__version__} from what medpretrain {listed(found)} measured on {listed(devices)}."
+    measured = [one.evaluation for one in material.measured]
+    records = [space.record for _, space in material.spaces]
+    versions = sorted({one.medpretrain_version for one in (*measured, *records)})
+    devices = sorted({one.device for one in (*measured, *records)})
+    by = f"Made by medpretrain {medpretrain.__version__} from what medpretrain {listed(versions)}"
+    return f"{by} measured on {listed(devices)}."
 
 
 def _hash(text: str) -> str:

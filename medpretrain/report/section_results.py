@@ -25,7 +25,7 @@ from medpretrain.report.figures_scores import (
 )
 from medpretrain.report.gather import Group
 from medpretrain.report.tables import Cell, Column, Table, integer, word
-from medpretrain.report.words import METRIC_NAMES, PROTOCOL_NAMES, count, number, p_value, signed
+from medpretrain.report.words import METRIC_NAMES, MINUS, PROTOCOL_NAMES, TIMES, count, number, p_value, signed
 
 _ARROWS = {"brier": " ↓", "ece": " ↓"}
 _CATEGORY = {"FB": "fairly balanced", "PI": "partially imbalanced", "I": "imbalanced"}
@@ -102,19 +102,16 @@ def _setting(group: Group) -> str:
     data = first.data
     units = units_at(first, group.fractions[-1])
     if first.folds:
-        splits = f"{first.folds} folds × {count(first.repeats, 'repeat')} of split {data.train_split}"
+        splits = f"{first.folds} folds {TIMES} {count(first.repeats, 'repeat')} of split {data.train_split}"
     else:
         splits = f"trained on split {data.train_split}, tested on split {data.test_split}"
     given = ", ".join(f"{key} {value}" for key, value in first.parameters.items() if value is not None)
     sizes = sorted({(unit.n_train, unit.n_test) for unit in units})
     train, test = (f"{low:,}" if low == high else f"{low:,} to {high:,}" for low, high in _ranges(sizes))
     return (
-        f"{len(data.classes)} classes; {splits}; {count(len(first.seeds), 'seed')}; {count(len(units), 'classifier')} a "
-        f"method, each fitted on {train} and tested on {test} images; patients {data.patients}."
-        + (
-            " The value of a pretraining is the mean over its classifiers; repeats are pretrainings."
-            * (group.pretrainings > 1)
-        )
+        f"{len(data.classes)} classes; {splits}; {count(len(first.seeds), 'seed')}; {count(len(units), 'classifier')} "
+        f"a method, each fitted on {train} and tested on {test} images; patients {data.patients}."
+        + (" A pretraining counts by the mean over its classifiers." * (group.pretrainings > 1))
         + (f" Settings: {given}." if given else "")
     )
 
@@ -130,7 +127,7 @@ def comparison_table(group: Group, fraction: float, look: Mapping[str, Look], st
         Column(METRIC_NAMES[metric] + _ARROWS.get(metric, ""), (metric, f"{metric}_low", f"{metric}_high"))
         for metric in METRIC_NAMES
     ]
-    columns += [Column("Units", ("units",)), Column("Test images", ("n_test",))]
+    columns += [Column("n", ("n_test", "units"))]
     best = {metric: tests.best(metric) for metric in TESTED}
     rows = []
     for one in group.measured:
@@ -138,10 +135,13 @@ def comparison_table(group: Group, fraction: float, look: Mapping[str, Look], st
         cells = [word(one.method.name, look=look[one.method.name])]
         cells += [_with_interval(summary, metric, bold=best.get(metric) == one.method.name) for metric in METRIC_NAMES]
         images = len({*one.predictions.row_R.tolist()})
-        rows.append([*cells, integer(summary.units), integer(images)])
+        rows.append([*cells, Cell(f"{images:,}", (images, summary.units), count(summary.units, "unit"))])
     at = f", {fraction:g} % of the labels" if len(group.fractions) > 1 else ""
     bold = [METRIC_NAMES[metric] for metric, name in best.items() if name]
-    said = ["Mean over units and, below it, its 95 % interval: bootstrap that resamples patients."]
+    said = [
+        "Mean over units and, below it, its 95 % interval: bootstrap that resamples patients. n: different test "
+        "images; a unit is one classifier, fitted on some patients and tested on others."
+    ]
     if tests.pairs:
         said.append(
             f"Bold: better than every other method, p of 0.05 or below after Holm's correction ({', '.join(bold)})."
@@ -181,7 +181,7 @@ def test_table(tests: Tests, metric: str, stem: str) -> Table:
         bounds = f"{signed(pair.interval.low)} to {signed(pair.interval.high)}" if pair.interval else "no interval"
         rows.append(
             [
-                Cell(f"{pair.first} − {pair.second}", (pair.first, pair.second)),
+                Cell(f"{pair.first} {MINUS} {pair.second}", (pair.first, pair.second)),
                 Cell(signed(pair.difference), (pair.difference, low, high), bounds),
                 integer(pair.pairs),
                 Cell(p_value(pair.p), (pair.p,)),

@@ -17,7 +17,7 @@ from medpretrain.report.figures_runs import run_pictures
 from medpretrain.report.gather import Run
 from medpretrain.report.tables import Cell, Column, Table, word
 from medpretrain.report.views import Reach, sample_views
-from medpretrain.report.words import count
+from medpretrain.report.words import TIMES, count
 
 if TYPE_CHECKING:
     from medpretrain.data.mixture import Mixture
@@ -176,7 +176,7 @@ def versions_table(runs: Sequence[Run], look: Mapping[str, Look]) -> Table:
         )
         started = time.strftime("%Y-%m-%d", time.gmtime(last["time"])) if last else "unknown"
         steps = str(run.rows[-1]["step"]) if run.rows else "unknown"
-        world = f"{last['world_size']} × {last['strategy']}" if last else "unknown"
+        world = f"{last['world_size']} {TIMES} {last['strategy']}" if last else "unknown"
         said = (steps, started, str(len(run.starts)), world, commit, machine or "unknown", versions or "unknown")
         rows.append([word(run.name, look=look[run.name]), *map(word, said)])
     return Table("versions", "What each run ran with, at its last start", columns, rows)

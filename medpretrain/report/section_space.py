@@ -29,8 +29,8 @@ def space_section(book: Book, spaces: Sequence[Described], look: Mapping[str, Lo
     """All spaces; those of other data or views apart."""
     if not spaces:
         return absent(
-            "Nothing is known of the feature space: `medpretrain evaluate space` measures it, draws t-SNE and UMAP maps "
-            "and finds nearest neighbours."
+            "Nothing is known of the feature space: `medpretrain evaluate space` measures it, draws t-SNE and UMAP "
+            "maps and finds nearest neighbours."
         )
     parts = []
     together = by_comparability(spaces)

@@ -88,7 +88,7 @@ def metrics_table(spaces: Sequence[Described], look: Mapping[str, Look], name: s
         rows.append([word(method.name, look=look[method.name]), *cells])
     missing = [title for key, title, _ in METRICS if spaces[0][1].record.metrics.model_dump()[key] is None]
     notes = [
-        "Arrows say which way is taken as better; no interval is known of these measures, so nothing is marked as best.",
+        "Arrows say which way is taken as better; these measures have no intervals, so nothing is marked as best.",
         "SAD, SAA: distance and accuracy of views of one image; CAD, CAC: the same of images of one class; GPU: "
         "Gaussian potential uniformity. RankMe and feature std are not comparable between widths of features.",
     ]
@@ -193,8 +193,8 @@ def _map(name: str, space: Space, technique: str, label: str, file: str) -> Pict
         return finished(
             figure,
             file,
-            caption=f"{name}: {title} of {len(chosen):,}{rest} images by {label}{few}; neither distances between groups "
-            "nor their sizes mean anything",
+            caption=f"{name}: {title} of {len(chosen):,}{rest} images by {label}{few}; distances between groups and "
+            "their sizes mean nothing",
             alt=f"{title} map of {name}: {len(chosen):,} points coloured by {label} ({', '.join(sorted(known))})",
             vector=False,
             choice=f"by {label}",

@@ -22,8 +22,9 @@ code, pre { font-family: ui-monospace, monospace; font-size: 12.5px; overflow-wr
 pre { margin: 8px 0 0; white-space: pre-wrap; }
 nav { position: sticky; top: 0; z-index: 1; background: var(--ground); border-bottom: 1px solid var(--line);
   display: flex; gap: 4px 18px; padding: 10px 0; overflow-x: auto; white-space: nowrap; }
-.lead { background: var(--card); border: 1px solid var(--line); border-left: 4px solid var(--accent); border-radius: 6px;
-  padding: 14px 20px; margin: 14px 0; display: grid; grid-template-columns: auto 1fr; gap: 6px 18px; }
+.lead { background: var(--card); border: 1px solid var(--line); border-left: 4px solid var(--accent);
+  border-radius: 6px; padding: 14px 20px; margin: 14px 0; display: grid; grid-template-columns: auto 1fr;
+  gap: 6px 18px; }
 .lead dt { color: var(--soft); } .lead dd { margin: 0; overflow-wrap: anywhere; } .lead .main { font-size: 17px; }
 .warnings { background: var(--warn); border-left: 4px solid var(--warn-line); border-radius: 4px; padding: 10px 18px;
   margin: 14px 0; overflow-wrap: anywhere; }
@@ -32,7 +33,8 @@ nav { position: sticky; top: 0; z-index: 1; background: var(--ground); border-bo
 .absent { color: var(--soft); font-style: italic; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 16px; margin: 12px 0; }
 figure { margin: 0; min-width: 0; }
-.table { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 12px 16px; margin: 14px 0; }
+.table { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 12px 16px;
+  margin: 14px 0; }
 .table figcaption { color: var(--ink); margin-bottom: 6px; }
 .scroll { overflow-x: auto; }
 .scroll:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
@@ -47,8 +49,8 @@ td small, th small { display: block; font-size: 12px; }
 .notes { margin: 8px 0 0; padding-left: 18px; color: var(--soft); font-size: 13px; }
 .spot { width: 10px; height: 10px; margin-right: 7px; vertical-align: 0; }
 .changed { background: var(--changed); }
-.panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(310px, 100%), 1fr)); gap: 14px; margin: 12px 0;
-  align-items: start; }
+.panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(310px, 100%), 1fr)); gap: 14px;
+  margin: 12px 0; align-items: start; }
 .panels.few { grid-template-columns: repeat(auto-fill, minmax(min(310px, 100%), 400px)); }
 .panels.four { grid-template-columns: repeat(auto-fill, minmax(min(272px, 100%), 1fr)); }
 .panels.small { grid-template-columns: repeat(auto-fill, minmax(min(210px, 46%), 1fr)); gap: 10px; }
@@ -59,8 +61,8 @@ td small, th small { display: block; font-size: 12px; }
 .panel figcaption { padding: 8px 12px 9px; font-size: 13px; color: var(--soft); border-top: 1px solid var(--line); }
 .files a { margin-left: 8px; font-size: 12px; }
 .choose { display: flex; flex-wrap: wrap; gap: 6px; margin: 10px 0; }
-.choose button { font: inherit; font-size: 13px; border: 1px solid var(--line); color: var(--ink); background: var(--card);
-  border-radius: 999px; padding: 4px 13px; cursor: pointer; }
+.choose button { font: inherit; font-size: 13px; border: 1px solid var(--line); color: var(--ink);
+  background: var(--card); border-radius: 999px; padding: 4px 13px; cursor: pointer; }
 .choose button[aria-pressed=true] { background: var(--accent); border-color: var(--accent); color: var(--card); }
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
 details { margin: 10px 0; }
@@ -79,8 +81,11 @@ summary { cursor: pointer; color: var(--accent); }
 footer { margin-top: 50px; border-top: 1px solid var(--line); padding-top: 12px; color: var(--soft); font-size: 13px; }
 [hidden] { display: none; }
 @media (max-width: 700px) {
-  main { padding: 0 14px 40px; } h1 { font-size: 23px; } .lead { grid-template-columns: 1fr; gap: 1px; padding: 12px 14px; }
+  main { padding: 0 14px 40px; } h1 { font-size: 23px; }
+  .lead { grid-template-columns: 1fr; gap: 1px; padding: 12px 14px; }
   .lead dd { margin-bottom: 8px; } .facts { grid-template-columns: 1fr; gap: 1px; } .facts dd { margin-bottom: 7px; }
+  tbody th { white-space: normal; min-width: 92px; max-width: 150px; overflow-wrap: anywhere; }
+  td { min-width: 64px; } td:not(.number) { min-width: 120px; }
   .table { padding: 10px 12px; } .lead .main { font-size: 16px; }
 }
 @media print {
@@ -94,8 +99,7 @@ footer { margin-top: 50px; border-top: 1px solid var(--line); padding-top: 12px;
   .scroll { overflow: visible; } table { font-size: 8pt; } th, td { padding: 3px 7px 3px 0; }
   tbody th, .number { white-space: normal; } .strip { flex-wrap: wrap; overflow: visible; }
   .panels, .panels.few, .panels.four { grid-template-columns: 1fr 1fr; }
-  tbody th { position: static; } .panels.four { grid-template-columns: repeat(auto-fill, minmax(min(272px, 100%), 1fr)); }
-.panels.small { grid-template-columns: 1fr 1fr 1fr; }
+  .panels.small { grid-template-columns: 1fr 1fr 1fr; } tbody th { position: static; }
   a { color: inherit; text-decoration: none; }
 }
 """

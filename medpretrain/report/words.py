@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+MINUS, TIMES = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
 METRIC_NAMES = {
     "auroc": "AUROC",
     "aupr": "AUPR",
@@ -29,10 +30,10 @@ def number(value: float) -> str:
 def signed(value: float) -> str:
     """A difference, with a minus and not a hyphen.
 
-    >>> signed(0.0123), signed(-0.2)
-    ('+0.012', '−0.200')
+    >>> signed(0.0123), signed(-0.2) == f"{MINUS}0.200"
+    ('+0.012', True)
     """
-    return f"{value:+.3f}".replace("-", "−")
+    return f"{value:+.3f}".replace("-", MINUS)
 
 
 def p_value(p: float) -> str:
