@@ -99,10 +99,10 @@ def bullets_of_links(links: Sequence[tuple[str, str]]) -> str:
 
 
 def _versions(material: Material) -> str:
-    measured = [one.evaluation for one in material.measured]
-    records = [space.record for _, space in material.spaces]
-    versions = sorted({one.medpretrain_version for one in (*measured, *records)})
-    devices = sorted({one.device for one in (*measured, *records)})
+    records = [*(one.evaluation for one in material.measured), *(space.record for _, space in material.spaces)]
+    versions, devices = (
+        sorted({str(getattr(one, key)) for one in records}) for key in ("medpretrain_version", "device")
+    )
     by = f"Made by medpretrain {medpretrain.__version__} from what medpretrain {listed(versions)}"
     return f"{by} measured on {listed(devices)}."
 

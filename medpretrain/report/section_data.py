@@ -65,9 +65,9 @@ def data_section(material: Material, reach: Reach) -> str:
     for sha256, found in records.items():
         parts.append(heading(3, f"{found[0].name}: evaluated on"))
         parts.append(facts(_recorded(found)))
-        info = infos.pop(sha256, None)
+        made = infos.pop(sha256, None)
         parts.append(
-            _made(info[1]) if info else absent("How it was made is not known here: the dataset is out of reach.")
+            _made(made[1]) if made else absent("How it was made is not known here: the dataset is out of reach.")
         )
     for sha256, (name, info) in infos.items():
         parts.append(heading(3, f"{name}: pretrained on"))

@@ -177,7 +177,7 @@ def _map(name: str, space: Space, technique: str, label: str, file: str) -> Pict
     ):
         face = [colours.get(words[at], _UNKNOWN) for at in points.tolist()]
         size = float(np.clip(9000 / max(1, len(points)), 3, 22))
-        axes.scatter(*place[points].T, c=face, s=size, lw=0, alpha=0.8, rasterized=True)
+        axes.scatter(place[points, 0], place[points, 1], c=face, s=size, lw=0, alpha=0.8, rasterized=True)
         for value, colour in colours.items():
             axes.scatter([], [], c=colour, s=16, label=shortened(value, 22))
         if len(known) < len(values) or (words[shown] == "").any():

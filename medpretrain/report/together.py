@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from medpretrain.evaluation.intervals import RESAMPLES, summarise
-from medpretrain.evaluation.results import Predictions, SourceRecord
+from medpretrain.evaluation.results import Predictions, SourceRecord, Unit
 from medpretrain.report.gather import Group, Material, Measured, Method, Run, rank
 
 
@@ -100,7 +100,8 @@ def pretrained_together(material: Material, found: Sequence[Family]) -> list[Gro
 
 def _merged(family: Family, parts: Sequence[Measured]) -> Measured:
     first = parts[0].evaluation
-    units, predictions = [], []
+    units: list[Unit] = []
+    predictions: list[Predictions] = []
     for run, part in zip(family.runs, parts, strict=True):
         for unit in part.evaluation.units:
             number = len(units)

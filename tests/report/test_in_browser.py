@@ -12,7 +12,15 @@ from PIL import Image
 pytestmark = pytest.mark.browser
 
 CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 SIZES = {"phone": (390, 844), "desktop": (1280, 900)}
 
 # The least contrast (WCAG) of an element's own text with what is behind it, and which text that is.
@@ -95,7 +103,8 @@ def test_it_asks_for_nothing_complains_of_nothing_and_fits_the_window(open_page,
     )
     assert wide == []
     images = page.evaluate(
-        "async () => { const all = [...document.images]; await Promise.all(all.map(one => one.decode().catch(() => 0)));"
+        "async () => { const all = [...document.images]; "
+        "await Promise.all(all.map(one => one.decode().catch(() => 0)));"
         " return all.map(one => [one.naturalWidth, one.alt]); }"
     )
     assert len(images) > 50
