@@ -89,7 +89,7 @@ def augmented(
             made = [apply(crop, view, parameters, mean, std) for crop, parameters in zip(crops, drawn, strict=True)]
             yield torch.stack(made, dim=1)[:left]
             left -= batch
-    except DecodeError as error:
+    except (DecodeError, OSError) as error:
         raise WorkFailed(
             f"an image of {dataset.path} does not decode ({error}), and none is left out or replaced where something "
             f"is measured; 'medpretrain prep verify {dataset.path}' finds all that are damaged"
@@ -100,10 +100,7 @@ def view_features(backbone: nn.Module, images: Iterator[Tensor], device: torch.d
     """Features (N, V, D) of what `augmented` yields; the backbone is moved to the device, into eval mode."""
     backbone.to(device).eval()
     with torch.inference_mode():
-        parts = [
-            backbone(some.flatten(0, 1)).float().reshape(*some.shape[:2], -1).cpu().numpy()
-            for some in images
-        ]
+        parts = [backbone(some.flatten(0, 1)).float().reshape(*some.shape[:2], -1).cpu().numpy() for some in images]
     return np.concatenate(parts)
 
 

@@ -92,7 +92,7 @@ def stratified(labels_N: NDArray[np.integer], at_most: int, seed: int) -> NDArra
 def some_of_each(labels_N: NDArray[np.integer], each: int, seed: int) -> NDArray[np.int64]:
     """Places of so many images of each class, drawn at random, class by class; all of a class that has fewer.
 
-    >>> some_of_each(np.array([1, 0, 1, 1]), 1, seed=0)[0]
+    >>> int(some_of_each(np.array([1, 0, 1, 1]), 1, seed=0)[0])
     1
     """
     rng = np.random.default_rng(seed)

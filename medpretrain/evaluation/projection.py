@@ -51,7 +51,7 @@ def project(name: str, features_ND: NDArray[np.floating], seed: int) -> tuple[ND
     dimensions = min(DIMENSIONS, *x_ND.shape)
     # Float32 features that differ by their rounding alone are the same ones.
     alike = bool((np.ptp(x_ND, axis=0) < 1e-6).all())
-    x_NP = np.zeros((images, 2)) if alike else PCA(dimensions, svd_solver="full", random_state=seed).fit_transform(x_ND)
+    x_NP = np.zeros((images, 2)) if alike else PCA(dimensions, random_state=seed).fit_transform(x_ND)
     about: dict[str, Value] = {"features": "unit length", "principal_components": dimensions, "identical": alike}
     if name == "tsne":
         perplexity = min(PERPLEXITY, (images - 1) / 3)
@@ -74,8 +74,9 @@ def _tsne(x_NP: NDArray[np.float64], perplexity: float, seed: int) -> NDArray[np
 
 def _umap(x_NP: NDArray[np.float64], neighbours: int, seed: int) -> NDArray[np.float64]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of numba, and that images lie in several unconnected parts
-        import umap  # here, for it compiles for seconds
+        # That the images fall into unconnected parts is no fault: it is what is to be seen.
+        warnings.filterwarnings("ignore", message=".*(connected|Spectral init).*", category=UserWarning)
+        import umap  # type: ignore[import-untyped] # here, for it compiles for seconds
 
         mapper = umap.UMAP(n_neighbors=neighbours, min_dist=UMAP_MIN_DIST, random_state=seed, n_jobs=1)
         return mapper.fit_transform(x_NP).astype(np.float64)

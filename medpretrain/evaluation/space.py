@@ -6,14 +6,16 @@ contrastive learning to binary imbalanced datasets", section 3.1. Where the pape
 - Every view of an image is x in its turn, and each of the others x+; for two views that is the mean of both orders.
 - Negative pairs are of views of different images, also for more than two views, where the W without {x, x+} of
   equation 2 would hold further views of the same image.
-- binom(n + 1, 2) = n (n + 1) / 2 is the number of unordered pairs of n things, each with itself among them. CAD and GPU
-  are means over these pairs, as the text says; the double sum of equation 5, which takes each pair of two twice, would be
-  above 0 for identical features. CAD sums over the views of a class, so its n is their number.
+- binom(n + 1, 2) = n (n + 1) / 2 is the number of unordered pairs of n things, each with itself among them. CAD and
+  GPU are means over these pairs, as the text says. Literally, with the double sum of equation 5, which takes each pair
+  of two things twice, GPU would be log 2 for many identical features, where a mean is log 1. CAD sums over the views
+  of a class, so its n is their number, not that of the images as printed: that would not be a mean.
 - GPU is over one view of each image, x_k, k = 1 ... N: the first.
 - A neighbourhood (CAC) is of the r = floor(5 %) nearest other views, at least one. Of views equally far at its border
   each counts in part, so that the order of the images does not matter.
 
-All is computed in float64, some rows against all others at a time: memory grows with the number of views, not its square.
+All is computed in float64, some rows against all others at a time: memory grows with the number of views, not with
+its square.
 """
 
 from __future__ import annotations
@@ -160,9 +162,7 @@ def _squared_distances(x_MD: Tensor, *, upper: bool) -> Iterator[tuple[int, Tens
         yield first, distances_mK
 
 
-def _over_views(
-    unit_MD: Tensor, labels_N: NDArray[np.integer], views: int
-) -> tuple[float | None, float, float | None]:
+def _over_views(unit_MD: Tensor, labels_N: NDArray[np.integer], views: int) -> tuple[float | None, float, float | None]:
     """SAA, CAD and CAC of M = N x V views, those of an image one after the other."""
     device, total = unit_MD.device, len(unit_MD)
     names, codes_N = np.unique(labels_N, return_inverse=True)  # a class without an image is no class here
@@ -202,8 +202,8 @@ def _agreement(squares_mM: Tensor, same_mM: Tensor, near: int) -> Tensor:
 
 
 def _spread(unit_ND: Tensor) -> tuple[float, float]:
-    """GPU and the uniformity of Wang & Isola 2020: log of the mean of exp(-t d^2), of t = 1 over unordered pairs with an
-    image's with itself, and of t = 2 without."""
+    """GPU and the uniformity of Wang & Isola 2020, both the log of the mean of exp(-t d^2) over unordered pairs: of
+    t = 1 with each image's pair with itself, and of t = 2 without."""
     images = len(unit_ND)
     of_one, of_two = 0.0, 0.0
     for _, squares_mK in _squared_distances(unit_ND, upper=True):

@@ -254,7 +254,7 @@ def read(path: Path) -> tuple[SpaceRecord, Points]:
         for name in table.column_names
         if name.startswith(LABEL_PREFIX)
     }
-    projections = {
+    projections: dict[str, NDArray[np.float64]] = {
         one.name: np.stack([table.column(f"{one.name}_{axis}").to_numpy() for axis in (0, 1)], axis=1)
         for one in record.projections
     }
