@@ -258,6 +258,15 @@ def test_other_units_are_refused() -> None:
         compare([first, (fewer, second[1])], resamples=0)
 
 
+@pytest.mark.parametrize("resamples", [0, 100])
+def test_predictions_of_other_patients_are_refused(resamples: int) -> None:
+    rng = generator()
+    first, second = evaluated("a", 1, rng), evaluated("b", 1, rng)
+    second[1].patient_R[:] += 1
+    with pytest.raises(UserError, match="their test patients differ"):
+        compare([first, second], resamples=resamples)
+
+
 def test_too_few_sources_equal_names_and_unknown_words_are_refused() -> None:
     rng = generator()
     one, two = evaluated("a", 1, rng, repeats=1), evaluated("b", 1, rng, repeats=1)

@@ -123,6 +123,13 @@ def test_folds_of_one_image_a_patient_differ_by_one_in_each_class() -> None:
     assert np.ptp([count.sum() for count in counts]) <= 1
 
 
+def test_an_uneven_class_does_not_make_the_next_one_uneven() -> None:
+    # Of class 1 one patient has nine images and one has one; the ten of class 0 are still five and five.
+    labels, patients = np.array([1] * 10 + [0] * 10), np.array([50] * 9 + [51] + list(range(10)))
+    counts = sorted(np.bincount(labels[test]).tolist() for _, test in k_folds(labels, patients, 2))
+    assert counts == [[5, 1], [5, 9]]
+
+
 def test_a_class_with_fewer_patients_than_folds_is_named() -> None:
     labels, patients = np.array([0] * 9 + [1] * 6), np.array([*range(9), 10, 10, 11, 11, 12, 12])
     with pytest.raises(UserError, match="class 'glaucoma' has 3 patients, fewer than the 5 folds"):

@@ -207,9 +207,16 @@ def test_medmnist_definitions_of_several_labels(tmp_path: Path, levels: int) -> 
     _, _, rng = drawn(2, levels)
     labels = np.concatenate([np.zeros((1, 14), int), np.ones((1, 14), int), rng.integers(0, 2, (60, 14))])
     scores = rng.integers(0, levels, labels.shape) / levels
-    scores[5] = 0.5  # on the threshold
+    scores[5], labels[5] = 0.5, 1  # on the threshold, and so not picked
     expected = evaluator(tmp_path, "chestmnist", labels).evaluate(scores)
     assert medmnist_metrics(scores, labels, INFO["chestmnist"]["task"]) == pytest.approx(expected, abs=1e-12, rel=0)
+
+
+def test_a_score_on_medmnists_threshold_is_not_picked(tmp_path: Path) -> None:
+    scores, labels = np.array([0.5, 0.2, 0.5]), np.array([1, 0, 0])
+    expected = evaluator(tmp_path, "breastmnist", labels[:, None]).evaluate(scores)
+    assert medmnist_metrics(scores, labels, "binary-class") == pytest.approx(expected, abs=1e-12, rel=0)
+    assert round(expected.ACC, 4) == 0.6667
 
 
 def test_medmnist_metrics_without_a_class_are_refused() -> None:
