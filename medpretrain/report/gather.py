@@ -255,9 +255,10 @@ def _named_apart(runs: list[Run]) -> list[Run]:
 
 def differences(groups: Sequence[Group]) -> dict[str, list[str]]:
     """For each group's key what its settings are where the groups of the same title differ."""
-    titled: dict[tuple[str, str, str], list[Group]] = defaultdict(list)
+    titled: dict[tuple[object, ...], list[Group]] = defaultdict(list)
     for group in groups:
-        titled[group.first.title, group.first.data.name, group.first.data.label].append(group)
+        one = group.first
+        titled[one.title, one.data.name, one.data.label, group.pretrainings, group.in_short].append(group)
     found: dict[str, list[str]] = {}
     for alike in titled.values():
         flat = [_settings(group.first) for group in alike]

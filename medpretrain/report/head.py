@@ -105,7 +105,7 @@ def _too_few(material: Material, tests: Mapping[str, Tests]) -> list[str]:
     reach: dict[tuple[int, int], float] = {}
     for group in material.groups:
         pairs = tests[group.key].of(MAIN_METRIC)
-        if pairs and pairs[0].least_p_holm > ALPHA:
+        if pairs and pairs[0].least_p_holm > ALPHA and not group.in_short:
             key = pairs[0].pairs, pairs[0].family
             alike.setdefault(key, []).append(title(group))
             reach[key] = pairs[0].least_p_holm

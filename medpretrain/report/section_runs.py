@@ -59,7 +59,9 @@ def training_section(book: Book, runs: Sequence[Run], reach: Reach, look: Mappin
         else:
             cards.append(card(run.name, look[run.name], found))
     if cards:
-        parts.append(absent("The first images of the first batch, a row an image, in every view that was made of it."))
+        parts.append(
+            absent("The first images of the first batch: a row a view, a column an image, the same image in every row.")
+        )
         parts.append(f'<div class="strips">{"".join(cards)}</div>')
     return "".join([*parts, *without])
 
@@ -70,10 +72,13 @@ def _views(book: Book, run: Run, mixture: Mixture | str) -> list[str] | str:
     if isinstance(samples, str):
         return samples
     strips = []
-    for sample in samples:
-        of = f" of {', '.join(sample.labels)}" if sample.labels else ""
-        figures = [book.thumbnail(png, f"view {name}{of}", f"{name}{of}") for name, png in sample.views]
-        strips.append(strip(figures, f"{run.name}: views of one training image"))
+    for place, (name, _) in enumerate(samples[0].views):
+        figures = []
+        for sample in samples:
+            of = ", ".join(sample.labels)
+            alt = f"view {name} of {of or 'an image'}"
+            figures.append(book.thumbnail(sample.views[place][1], alt, f"{name}{': ' if of else ''}{of}"))
+        strips.append(strip(figures, f"{run.name}: view {name} of the first training images"))
     return strips
 
 

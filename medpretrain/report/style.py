@@ -84,7 +84,7 @@ footer { margin-top: 50px; border-top: 1px solid var(--line); padding-top: 12px;
   main { padding: 0 14px 40px; } h1 { font-size: 23px; }
   .lead { grid-template-columns: 1fr; gap: 1px; padding: 12px 14px; }
   .lead dd { margin-bottom: 8px; } .facts { grid-template-columns: 1fr; gap: 1px; } .facts dd { margin-bottom: 7px; }
-  tbody th { white-space: normal; min-width: 92px; max-width: 150px; overflow-wrap: anywhere; }
+  tbody th { white-space: normal; min-width: 118px; max-width: 150px; font-size: 13px; overflow-wrap: break-word; }
   td { min-width: 64px; } td:not(.number) { min-width: 120px; }
   .table { padding: 10px 12px; } .lead .main { font-size: 16px; }
 }
