@@ -96,6 +96,11 @@ class DatasetInfo(_Model):
     quarantine_sha256: str
     checksum: str
 
+    @property
+    def patient_key(self) -> str | None:
+        """Which key made the patients' pseudonyms; None where they are numbered, anew in each dataset."""
+        return self.deidentification.key_id if self.deidentification else self.options.get("key_id")
+
 
 def canonical(info: Mapping[str, Any]) -> bytes:
     """The one way dataset.json is written, so that any changed byte shows."""

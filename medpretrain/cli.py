@@ -15,7 +15,9 @@ from rich.progress import Progress
 from rich.table import Table
 
 import data_prep.cli
+import medpretrain.cli_evaluate
 import medpretrain.cli_launch
+import medpretrain.cli_sweep
 from data_prep.errors import UserError, WorkFailed
 from medpretrain.health import last_words
 from medpretrain.health.exits import exit_codes
@@ -31,6 +33,8 @@ app.add_typer(data_prep.cli.app, name="prep")
 recipes_app = typer.Typer(help="List the shipped recipes, or show one resolved.", invoke_without_command=True)
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(medpretrain.cli_launch.app, name="launch")
+app.add_typer(medpretrain.cli_evaluate.app, name="evaluate")
+app.command()(medpretrain.cli_sweep.sweep)
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, as in optim.lr=3e-4", show_default=False)]
 RecipeName = Annotated[str, typer.Argument(help="a shipped recipe's name, or a .yaml file")]
@@ -131,49 +135,27 @@ def preflight(
 
 
 @app.command()
-def evaluate(
-    protocol: Annotated[str, typer.Argument(help="knn or linear")],
-    run: RunFolder,
-    dataset: Annotated[Path, typer.Argument(help="a folder that `medpretrain prep` wrote")],
-    label: Annotated[str, typer.Option(help="the label to predict")] = "class",
-    baseline: Annotated[
-        str | None, typer.Option(help="random: the same for the untrained backbone beside it", show_default=False)
-    ] = None,
-    train_split: str = "train",
-    test_split: str = "test",
-    k: Annotated[int, typer.Option(help="neighbours of kNN")] = 200,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
-    out: Annotated[
-        Path | None, typer.Option(help="the JSON file; RUN/evaluation/ by default", show_default=False)
-    ] = None,
-) -> None:
-    """Evaluate a run's frozen backbone: accuracy, AUROC and AUPR."""
-    from medpretrain.evaluation.of_run import evaluate_run
-
-    evaluate_run(
-        protocol,
-        run,
-        dataset,
-        label=label,
-        baseline=baseline,
-        train_split=train_split,
-        test_split=test_split,
-        k=k,
-        device=device,
-        out=out,
-    )
-
-
-@app.command()
 def export(
     run: RunFolder,
     out: Annotated[Path, typer.Argument(help="the folder to write")],
+    forms: Annotated[str, typer.Option(help="what to write beside the form for timm")] = "timm,onnx,pt2",
+    register: Annotated[
+        str | None, typer.Option(help="also a version of this model in MLflow's registry", show_default=False)
+    ] = None,
+    alias: Annotated[
+        list[str] | None, typer.Option(help="of the registered version; repeatable", show_default=False)
+    ] = None,
+    tracking_uri: Annotated[
+        str | None, typer.Option(help="MLflow's tracking URI; the run's own by default", show_default=False)
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier export")] = False,
 ) -> None:
-    """Export a run's backbone so that timm.create_model("local-dir:OUT", pretrained=True) loads it."""
+    """Export a run's backbone for timm, ONNX and torch.export; each is loaded back and compared before OUT appears."""
     from medpretrain.export.of_run import export_run
 
-    export_run(run, out, overwrite=overwrite)
+    export_run(
+        run, out, forms=forms, register=register, aliases=alias or (), tracking_uri=tracking_uri, overwrite=overwrite
+    )
 
 
 @app.command()
@@ -217,7 +199,7 @@ def main() -> None:
         format="%(message)s",
         handlers=[RichHandler(console=Console(stderr=True), show_path=False, show_time=False)],
     )
-    for chatty in ("mlflow", "alembic", "httpx", "timm", "nvidia", "matplotlib"):
+    for chatty in ("mlflow", "alembic", "httpx", "timm", "nvidia", "matplotlib", "onnxscript", "onnx_ir"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     last_words.remember(None)
     try:

@@ -12,7 +12,8 @@ from data_prep.errors import UserError
 from data_prep.images import prepare
 from data_prep.synthetic import IMAGES, LABELS, PATIENT_PATTERN, make_demo_images
 from data_prep.verify import verify
-from medpretrain.evaluation.of_run import evaluate_run
+from medpretrain.evaluation.of_source import evaluate_source
+from medpretrain.evaluation.protocols import Knn
 from medpretrain.export.of_run import export_run
 from medpretrain.recipe_file import load_recipe
 from medpretrain.training.loop import train
@@ -62,7 +63,7 @@ def run_demo(out: Path, *, per_class: int, steps: int | None = None, seed: int =
         overrides = [f"data.path={shards}", f"run.dir={out / 'runs' / name}"]
         recipe = load_recipe(name, overrides + ([f"train.steps={steps}"] if steps else []))
         run = train(recipe).run
-        evaluate_run("knn", run, shards, baseline="random", k=20)
+        evaluate_source(Knn(k=20), str(run), shards, baseline="random")
         export_run(run, out / "exports" / name)
     console.rule("where everything lies")
     for place, what in (

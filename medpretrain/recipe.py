@@ -51,6 +51,9 @@ class Data(_Section):
     """How the datasets share each global batch, in any unit; a small one then goes through its own epochs more often.
     Without them every image is seen once an epoch. In both cases `epochs` counts as many images as there are."""
     split: str = "train"
+    fraction: Annotated[float, Gt(0), Le(100)] = 100.0
+    """Percent of the split's patients that are trained on; an image of an unknown patient counts as one. They are the
+    same whatever `seed` is, and a smaller part lies in a larger one. mean and std stay those of the split."""
     channels: Literal[1, 3] = 3
     labels: tuple[str, ...] = ()
     """Label kinds that the method learns from."""

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from medpretrain.data.views import Parameters, View
+from medpretrain.data.views import Augmentation, Parameters
 
 
-def apply(images_NCSS: Tensor, view: View, parameters: Parameters, mean: Tensor, std: Tensor) -> Tensor:
+def apply(images_NCSS: Tensor, view: Augmentation, parameters: Parameters, mean: Tensor, std: Tensor) -> Tensor:
     """Apply the parameters to cropped images in 0..1 and normalise them.
 
-    The order is: blur, colour, clamp to 0..1, bias field, noise, normalisation.
+    The order is: quarter turns, blur, colour, clamp to 0..1, bias field, noise, normalisation.
 
     Args:
         images_NCSS: float32 in 0..1, changed in place.
@@ -24,6 +24,8 @@ def apply(images_NCSS: Tensor, view: View, parameters: Parameters, mean: Tensor,
     """
     device = images_NCSS.device
     x = images_NCSS
+    if view.quarter_turns > 0:
+        _turn(x, torch.from_numpy(parameters.turns))
     if view.blur is not None:
         x = _blur(x, torch.from_numpy(parameters.sigma), view.blur.kernel)
     colour = torch.from_numpy(parameters.colour).to(device)
@@ -41,6 +43,13 @@ def apply(images_NCSS: Tensor, view: View, parameters: Parameters, mean: Tensor,
     low, high = -mean / std, (1 - mean) / std
     x = _affine(x, joined)
     return torch.clamp(x, low[:, None, None], high[:, None, None], out=x)
+
+
+def _turn(x_NCSS: Tensor, turns_N: Tensor) -> None:
+    """Turn images by multiples of 90 degrees, in place."""
+    for turns in (1, 2, 3):
+        rows = (turns_N == turns).nonzero().flatten().to(x_NCSS.device)
+        x_NCSS[rows] = x_NCSS[rows].rot90(turns, dims=(-2, -1))
 
 
 def _affine(x_NCSS: Tensor, map_NCD: Tensor) -> Tensor:

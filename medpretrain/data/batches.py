@@ -25,7 +25,7 @@ from medpretrain.data.mixture import Mixture
 from medpretrain.data.order import Places, SampleSequence
 from medpretrain.data.pipeline import CropPipeline, Crops, DecodeError, Feed, undecodable, whole
 from medpretrain.data.replace import Replacements, faults
-from medpretrain.data.views import Parameters, View, draw
+from medpretrain.data.views import Augmentation, Parameters, View, draw
 
 Views = dict[str, list[Tensor]]
 """A list of (n, C, S, S) tensors for each kind of view."""
@@ -154,15 +154,15 @@ class Stream:
         """The batches of steps start, start + 1, ..., without end, prepared in advance."""
         return prefetched(self._batches(start), self._prefetch)
 
-    def parameters(self, places: Places, rows: NDArray[np.int64]) -> list[tuple[View, Parameters]]:
+    def parameters(self, places: Places, rows: NDArray[np.int64]) -> list[tuple[Augmentation, Parameters]]:
         """The augmentation of each view of the samples at `places`, in the order in which views are made."""
         size = self.dataset.sizes[rows]
         center = float(np.mean(self._mean))
         return [
             (
-                view,
+                view.of(number),
                 draw(
-                    view,
+                    view.of(number),
                     seed=self.seed,
                     epoch=places.epoch,
                     sample=places.sample,
@@ -253,7 +253,7 @@ class _Planned:
     epoch: NDArray[np.int64]
     rows: NDArray[np.int64]
     seen: NDArray[np.int64]
-    parameters: list[tuple[View, Parameters]]
+    parameters: list[tuple[Augmentation, Parameters]]
 
     def line(self) -> str:
         digest = np.bitwise_xor.reduce([chosen.digest() for _, chosen in self.parameters])

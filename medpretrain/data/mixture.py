@@ -15,6 +15,7 @@ from data_prep.dataset import Dataset
 from data_prep.errors import UserError, nearest
 from data_prep.labels import UNKNOWN
 from medpretrain.data.order import Order, SampleSequence, WeightedOrder
+from medpretrain.data.patients import patients, some_patients
 
 _log = logging.getLogger(__name__)
 
@@ -28,6 +29,7 @@ class Mixture:
         datasets: at least one, all of one bit depth, none twice.
         weights: how the global batch is shared among the datasets, in any unit; without them each image of each dataset
             is seen once an epoch.
+        fraction: percent of the patients of each dataset; of any split, what is here are the images of those.
 
     Attributes:
         datasets: as given.
@@ -39,7 +41,7 @@ class Mixture:
         UserError: two datasets differ in bit depth, or are the same.
     """
 
-    def __init__(self, datasets: Sequence[Dataset], weights: Sequence[float] = ()) -> None:
+    def __init__(self, datasets: Sequence[Dataset], weights: Sequence[float] = (), fraction: float = 100.0) -> None:
         assert len(weights) in (0, len(datasets))
         first = datasets[0]
         seen: dict[str, Dataset] = {}
@@ -61,10 +63,11 @@ class Mixture:
         self.sizes: NDArray[np.int32] = np.concatenate([dataset.sizes for dataset in datasets])
         # The decimals a user wrote: ten images of a hundred are exactly 0.1 of them, which no binary number is.
         self._weights = [Fraction(repr(weight)) for weight in weights]
+        self._fraction = fraction
         self._starts = np.cumsum([0, *(len(dataset) for dataset in datasets)])
 
     @classmethod
-    def open(cls, paths: Sequence[str | Path], weights: Sequence[float] = ()) -> Mixture:
+    def open(cls, paths: Sequence[str | Path], weights: Sequence[float] = (), fraction: float = 100.0) -> Mixture:
         """Open the datasets in some folders.
 
         Raises:
@@ -72,14 +75,14 @@ class Mixture:
         """
         if len(paths) == 1 and "," in str(paths[0]) and not Path(paths[0]).exists():
             raise UserError(f"there is no dataset {paths[0]}; several are a list, as in data.path=[{paths[0]}]")
-        return cls([Dataset.open(path, share=len(paths)) for path in paths], weights)
+        return cls([Dataset.open(path, share=len(paths)) for path in paths], weights, fraction)
 
     def __str__(self) -> str:
         return ", ".join(str(dataset.path) for dataset in self.datasets)
 
     @property
     def splits(self) -> dict[str, int]:
-        """The images of each split, all datasets together."""
+        """The images of each split, all datasets together and all of their patients."""
         counts = Counter[str]()
         for dataset in self.datasets:
             counts.update(dataset.info.splits)
@@ -91,13 +94,16 @@ class Mixture:
         Raises:
             UserError: a dataset has no images in it.
         """
-        return np.concatenate(
-            [start + dataset.rows(split) for start, dataset in zip(self._starts[:-1], self.datasets, strict=True)]
-        )
+        parts = zip(self._starts[:-1], self.datasets, strict=True)
+        return np.concatenate([start + self._rows(dataset, split) for start, dataset in parts])
+
+    def _rows(self, dataset: Dataset, split: str) -> NDArray[np.int64]:
+        rows = dataset.rows(split)
+        return rows if self._fraction == 100 else rows[some_patients(patients(dataset)[rows], self._fraction)]
 
     def shares(self, split: str) -> list[Fraction]:
         """The part of each dataset in what a run sees: its weight or, without weights, its part of the images."""
-        parts = self._weights or [Fraction(len(dataset.rows(split))) for dataset in self.datasets]
+        parts = self._weights or [Fraction(len(self._rows(dataset, split))) for dataset in self.datasets]
         return [part / sum(parts) for part in parts]
 
     def order(self, split: str, *, seed: int, global_batch: int, block_shards: int = 0) -> SampleSequence:
@@ -106,11 +112,11 @@ class Mixture:
         Raises:
             UserError: no such split; a dataset that would give an image twice to a batch, or less than one.
         """
-        shard_sizes = [_shard_sizes(dataset, split) for dataset in self.datasets]
+        shard_sizes = [_shard_sizes(dataset, self._rows(dataset, split)) for dataset in self.datasets]
         images = [sum(sizes) for sizes in shard_sizes]
         if sum(images) < global_batch:
             raise UserError(
-                f"train.global_batch={global_batch} is more than the {sum(images)} samples of split {split!r} in "
+                f"train.global_batch={global_batch} is more than the {sum(images)} samples of {self._part(split)} in "
                 f"{self}; take a smaller one"
             )
         if not self._weights:
@@ -122,9 +128,13 @@ class Mixture:
                 raise UserError(
                     f"data.weights give {dataset.path} {float(share * global_batch):.3g} images of "
                     f"train.global_batch={global_batch}; it must be at least 1, and no more than the {has} in its "
-                    f"split {split!r}"
+                    f"{self._part(split)}"
                 )
         return WeightedOrder(seed, tuple(shares), tuple(shard_sizes), global_batch, block_shards)
+
+    def _part(self, split: str) -> str:
+        """How a message names what is taken of a split."""
+        return f"split {split!r}" + (f" (data.fraction={self._fraction:g})" if self._fraction != 100 else "")
 
     def labels(self, name: str) -> NDArray[np.int64]:
         """The ids of a label, places in `label_names`: (N,), -1 where unknown, as in datasets that do not have it.
@@ -188,9 +198,9 @@ class Mixture:
         return tuple(np.round(mean, 6).tolist()), tuple(np.round(np.maximum(std, 1e-3), 6).tolist())
 
 
-def _shard_sizes(dataset: Dataset, split: str) -> tuple[int, ...]:
-    """How many images of a split each shard holds that has any."""
-    sizes = np.bincount(dataset.shard_ids[dataset.rows(split)])
+def _shard_sizes(dataset: Dataset, rows: NDArray[np.int64]) -> tuple[int, ...]:
+    """How many of some rows each shard holds that has any."""
+    sizes = np.bincount(dataset.shard_ids[rows])
     return tuple(sizes[sizes > 0].tolist())
 
 

@@ -62,18 +62,17 @@ class BiasField(_Spec):
     scale: Amount = 0.1
 
 
-class View(_Spec):
-    """One kind of view: how many of it an image gets, at which size, and how each is augmented.
+class Augmentation(_Spec):
+    """What is done to an image on its way to a view.
 
-    `crop` is the range of the cropped area as a fraction of the image's (None: the whole image); both are resized to
-    `size` x `size` pixels without keeping the aspect ratio.
+    `crop` is the range of the cropped area as a fraction of the image's (None: the whole image). `quarter_turns` is the
+    probability of a turn by 90, 180 or 270 degrees, each as likely.
     """
 
-    size: Annotated[int, Ge(8)]
-    count: Annotated[int, Ge(1)] = 1
     crop: tuple[Annotated[float, Gt(0), Le(1)], Annotated[float, Gt(0), Le(1)]] | None = None
     ratio: tuple[Annotated[float, Gt(0)], Annotated[float, Gt(0)]] = (3 / 4, 4 / 3)
     flip: Probability = 0.0
+    quarter_turns: Probability = 0.0
     jitter: Jitter | None = None
     grayscale: Probability = 0.0
     blur: Blur | None = None
@@ -81,18 +80,42 @@ class View(_Spec):
     bias_field: BiasField | None = None
 
     @model_validator(mode="after")
-    def _ranges(self) -> View:
+    def _ranges(self) -> Augmentation:
         for name, pair in (("crop", self.crop), ("ratio", self.ratio), ("sigma", self.blur and self.blur.sigma)):
             if pair and pair[0] > pair[1]:
                 raise ValueError(f"{name} must be [low, high] with low <= high, not {list(pair)}")
         return self
 
 
+class View(Augmentation):
+    """One kind of view: how many of it an image gets, at which size, and how each is augmented.
+
+    The crop, or the whole image, is resized to `size` x `size` pixels without keeping the aspect ratio.
+    """
+
+    size: Annotated[int, Ge(8)]
+    count: Annotated[int, Ge(1)] = 1
+    second: Augmentation | None = None
+    """How the second view of this kind is augmented, where it is not like the others: all of it, for nothing is taken
+    over from them."""
+
+    @model_validator(mode="after")
+    def _a_second(self) -> View:
+        if self.second is not None and self.count < 2:
+            raise ValueError("second is of the second view, and count is 1")
+        return self
+
+    def of(self, number: int) -> Augmentation:
+        """How view `number` of this kind is augmented, counted from 0."""
+        return self.second if number == 1 and self.second is not None else self
+
+
 @dataclass(frozen=True)
 class Parameters:
     """What is done to each of n images for one view.
 
-    Shapes: `start` and `end` (n, 2), the crop's (y, x) corners in 0..1 of the image; `flip` (n,) bool; `colour`
+    Shapes: `start` and `end` (n, 2), the crop's (y, x) corners in 0..1 of the image; `flip` (n,) bool; `turns` (n,), by
+    90 degrees counterclockwise, after the flip; `colour`
     (n, C, C + 1), the affine map of intensities in 0..1; `sigma` (n,) in pixels, 0 for none; `noise` (n,) standard
     deviation and `noise_key` (n,); `bias` (n, 4, 4), the logarithm of the field's control points.
     """
@@ -100,6 +123,7 @@ class Parameters:
     start: NDArray[np.float32]
     end: NDArray[np.float32]
     flip: NDArray[np.bool_]
+    turns: NDArray[np.int64]
     colour: NDArray[np.float32]
     sigma: NDArray[np.float32]
     noise: NDArray[np.float32]
@@ -133,7 +157,7 @@ class _Draws:
 
 
 def draw(
-    view: View,
+    view: Augmentation,
     *,
     seed: int,
     epoch: NDArray[np.int64],
@@ -170,6 +194,7 @@ def draw(
         start=start.astype(np.float32),
         end=end.astype(np.float32),
         flip=draws.happens("flip", view.flip),
+        turns=amount("turns", view.quarter_turns, 1.0, 4.0).astype(np.int64),
         colour=_colour(view, draws, count, channels, center).astype(np.float32),
         sigma=(amount("blur", blur.p, *blur.sigma) if blur else zeros).astype(np.float32),
         noise=(amount("noise", noise.p, 0.0, noise.std) if noise else zeros).astype(np.float32),
@@ -178,7 +203,7 @@ def draw(
     )
 
 
-def _crop(view: View, draws: _Draws, size: NDArray[np.int32]) -> tuple[Array, Array]:
+def _crop(view: Augmentation, draws: _Draws, size: NDArray[np.int32]) -> tuple[Array, Array]:
     """Crop corners, (n, 2) each: the first of ten tries that fits into the image, else the largest centred one."""
     if view.crop is None:
         return np.zeros(size.shape), np.ones(size.shape)
@@ -206,7 +231,7 @@ _TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.5
 _FROM_YIQ = np.linalg.inv(_TO_YIQ)
 
 
-def _colour(view: View, draws: _Draws, count: int, channels: int, center: float) -> Array:
+def _colour(view: Augmentation, draws: _Draws, count: int, channels: int, center: float) -> Array:
     """Brightness, contrast, saturation, hue and grayscale, in this order, as one affine map a sample."""
     jitter = view.jitter or Jitter(p=0.0)
     happens = draws.happens("jitter?", jitter.p)

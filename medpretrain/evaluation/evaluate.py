@@ -1,162 +1,174 @@
-"""Evaluate a frozen backbone on a labelled dataset: from its images to three numbers and what they stand on."""
+"""Evaluate one backbone by one protocol: from its images to a record of every number and what it stands on."""
 
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Literal, get_args
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
-from torch import nn
 
-from data_prep.errors import UserError, nearest
-from medpretrain.evaluation.features import Batches, extract
-from medpretrain.evaluation.knn import knn_scores
-from medpretrain.evaluation.linear import linear_scores
-from medpretrain.evaluation.metrics import metrics, require_all_classes
-from medpretrain.models.preprocessing import Preprocessing
+import medpretrain
+from data_prep.dataset import Dataset
+from medpretrain.evaluation.features import features
+from medpretrain.evaluation.intervals import require_resamples, summarise
+from medpretrain.evaluation.labelled import Labelled, knowledge
+from medpretrain.evaluation.metrics import metrics
+from medpretrain.evaluation.plan import Images, Split, plan
+from medpretrain.evaluation.protocols import Asked, Features, Scored, score
+from medpretrain.evaluation.results import DataRecord, Evaluation, Predictions, Unit
+from medpretrain.evaluation.source import Source
+from medpretrain.training.process import Process
 
-if TYPE_CHECKING:
-    from data_prep.dataset import Dataset
-
-Protocol = Literal["knn", "linear"]
-VAL_SPLIT = "val"
-
-
-class Result(BaseModel):
-    """One evaluation; whoever reads it needs nothing else to repeat it with the same backbone."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    protocol: Protocol
-    dataset_sha256: str
-    label: str
-    classes: list[str]
-    """In the order of the label's vocabulary; of two, AUROC is that of the second."""
-    train_split: str
-    test_split: str
-    n_train: int
-    n_val: int
-    """Labelled images C was chosen on; 0 if none were used."""
-    n_test: int
-    excluded: dict[str, int]
-    """Images without this label, by split; they are in none of the numbers above."""
-    parameters: dict[str, bool | int | float | str]
-    """kNN: k (as used) and temperature. Linear: C, chosen_on, iterations, converged."""
-    accuracy: float
-    auroc: float
-    aupr: float
-    seconds: float
-    """Wall time, reading of images included."""
+ALONE = Process(0, 1, 0, 1, torch.device("cpu"))
 
 
 def evaluate(
-    protocol: Protocol,
-    backbone: nn.Module,
-    dataset: Dataset,
-    preprocessing: Preprocessing,
+    asked: Asked,
+    source: Source,
+    images: Images,
     *,
-    label: str = "class",
-    device: torch.device | str,
+    label: str,
     train_split: str = "train",
     test_split: str = "test",
-    k: int = 200,
-    temperature: float = 0.07,
-    batch: int = 256,
-    batches: Batches | None = None,
-) -> Result:
-    """Accuracy, AUROC and AUPR on the test split of a classifier on frozen features of the train split.
+    fractions: Sequence[float] = (100.0,),
+    seeds: Sequence[int] = (0,),
+    repeats: int = 1,
+    resamples: int = 1000,
+    process: Process = ALONE,
+    cache: Path | None = None,
+) -> tuple[Evaluation, Predictions]:
+    """Fit every classifier of the plan, score its test images, and sum up.
 
-    The classes are the names of the label's vocabulary that occur in the dataset, in whatever split.
-    Images whose label is unknown (-1) are left out and counted. The linear probe chooses C on the split "val" if the
-    dataset has one with labels; the result says whether it did.
+    Under several processes features are shared out by image and classifiers by split; every process gets the whole
+    result, which does not depend on how many there are.
 
     Args:
-        protocol: "knn" (weighted, cosine) or "linear" (logistic regression).
-        backbone: maps images (n, C, S, S) to features (n, D); put into eval mode.
-        dataset: with the two splits and the label.
-        preprocessing: what the backbone was trained with.
-        label: the name of a label of the dataset.
-        device: where the backbone runs.
-        train_split: what the classifier learns from.
-        test_split: what it is measured on.
-        k: neighbours of kNN, clipped to the training images.
-        temperature: of kNN's weights.
-        batch: images at once through the backbone.
-        batches: reads the images; medpretrain's own pipeline if left out.
+        asked: the protocol and its settings.
+        source: the backbone.
+        images: from `choose_images`.
+        label: its name, for the record; the splits' too.
+        fractions, seeds, repeats: see `plan`.
+        resamples: of the bootstrap by patients; 0: no intervals.
+        process: this one; its device is where networks run.
+        cache: the folder of kept features; None: none are kept.
 
     Raises:
-        UserError: an unknown protocol, split or label; a class without an image in one of the two splits; features
-            that are not finite.
+        UserError: see `plan`; features that are not finite; too few patients of a class for an interval.
     """
     started = time.perf_counter()
-    if protocol not in get_args(Protocol):
-        raise UserError(f"there is no protocol {protocol!r}{nearest(str(protocol), get_args(Protocol))}")
-    if train_split == test_split:
-        raise UserError(f"the test split must not be the train split {train_split!r}")
-    classes, all_labels = _occurring(dataset.label_names(label), dataset.labels(label))
-    splits = {"train": train_split, "test": test_split}
-    if protocol == "linear" and dataset.info.splits.get(VAL_SPLIT) and VAL_SPLIT not in splits.values():
-        splits["val"] = VAL_SPLIT
-
-    rows: dict[str, NDArray[np.int64]] = {}
-    labels: dict[str, NDArray[np.int32]] = {}
-    excluded: dict[str, int] = {}
-    for part, split in splits.items():
-        of_split = dataset.rows(split)
-        known = all_labels[of_split] >= 0
-        rows[part], labels[part] = of_split[known], all_labels[of_split[known]]
-        excluded[split] = int((~known).sum())
-    # Before the images are read: an answer in a second, not after an hour.
-    for part in ("train", "test"):
-        require_all_classes(labels[part], classes, where=f"label {label!r} of split {splits[part]!r}")
-
-    if "val" in splits and not len(rows["val"]):
-        del splits["val"]
-    features = {
-        part: extract(backbone, dataset, rows[part], preprocessing, device=device, batch=batch, batches=batches)
-        for part in splits
+    splits = plan(images, fractions=fractions, seeds=seeds, repeats=repeats, draws_nothing=asked.draws_nothing)
+    _refuse_early(splits, images, resamples)
+    of_images = _features(source, images, process, cache) if asked.on_features else None
+    mine = {
+        number: score(asked, splits[number], images, source, of_images, process.device, process.cores)
+        for number in range(process.rank, len(splits), process.world)
     }
-    parameters: dict[str, bool | int | float | str]
-    if protocol == "knn":
-        train, train_labels, test = (
-            torch.from_numpy(array).to(device) for array in (features["train"], labels["train"], features["test"])
+    scored = _from_all(mine, process)
+    classes = images.train.classes
+    units, predicted = [], []
+    for number, split in enumerate(splits):
+        scores, labels = scored[number].scores_MK, images.test.labels_N[split.test]
+        units.append(
+            Unit(
+                number=number,
+                fraction=split.fraction,
+                seed=split.seed,
+                repeat=split.repeat,
+                fold=split.fold,
+                n_train=len(split.train),
+                n_val=len(split.val),
+                n_test=len(split.test),
+                parameters=scored[number].parameters,
+                metrics=metrics(scores, labels, classes),
+            )
         )
-        scores = knn_scores(train, train_labels, test, len(classes), k=k, temperature=temperature).cpu().numpy()
-        parameters = {"k": min(k, len(rows["train"])), "temperature": temperature}
-    else:
-        val = (features["val"], labels["val"]) if "val" in splits else None
-        probe = linear_scores(features["train"], labels["train"], features["test"], len(classes), val=val)
-        scores = probe.scores
-        parameters = {
-            "C": probe.C,
-            "chosen_on": probe.chosen_on,
-            "iterations": probe.iterations,
-            "converged": probe.converged,
-        }
-    measured = metrics(scores, labels["test"], classes)
-    return Result(
-        protocol=protocol,
-        dataset_sha256=dataset.sha256,
-        label=label,
-        classes=list(classes),
-        train_split=train_split,
-        test_split=test_split,
-        n_train=len(rows["train"]),
-        n_val=len(rows.get("val", ())),
-        n_test=len(rows["test"]),
-        excluded=excluded,
-        parameters=parameters,
-        **measured.model_dump(),
+        predicted.append(_predictions(number, images.test, split, scores))
+    predictions = Predictions.joined(predicted)
+    evaluation = Evaluation(
+        protocol=asked.protocol,
+        variant=asked.variant,
+        parameters=asked.model_dump(exclude={"protocol", "variant"}),
+        source=source.record(),
+        data=_data(images, label, train_split, test_split),
+        folds=images.folds,
+        repeats=repeats,
+        seeds=list(seeds),
+        units=units,
+        summaries=summarise(units, predictions, classes, resamples=resamples),
         seconds=time.perf_counter() - started,
+        device=process.device.type,
+        medpretrain_version=medpretrain.__version__,
+    )
+    return evaluation, predictions
+
+
+def _refuse_early(splits: Sequence[Split], images: Images, resamples: int) -> None:
+    """What would be refused after hours of fine-tuning: an interval that these patients cannot give."""
+    for fraction in {split.fraction for split in splits} if resamples else ():
+        tested = [(number, split.test) for number, split in enumerate(splits) if split.fraction == fraction]
+        places = np.concatenate([test for _, test in tested])
+        require_resamples(
+            np.repeat([number for number, _ in tested], [len(test) for _, test in tested]),
+            images.test.patients_N[places],
+            images.test.labels_N[places],
+            images.test.classes,
+            resamples=resamples,
+        )
+
+
+def _features(source: Source, images: Images, process: Process, cache: Path | None) -> Features:
+    """One pass over the images of each dataset, whatever the number of splits."""
+    parts = {"train": images.train, "test": images.test, **({"val": images.val} if images.val else {})}
+    found: dict[str, NDArray[np.float32]] = {}
+    for dataset in {part.dataset.sha256: part.dataset for part in parts.values()}.values():
+        here = {name: part for name, part in parts.items() if part.dataset.sha256 == dataset.sha256}
+        rows = np.unique(np.concatenate([part.rows_N for part in here.values()]))
+        of_rows = features(source, dataset, rows, process=process, cache=cache)
+        for name, part in here.items():
+            found[name] = of_rows[np.searchsorted(rows, part.rows_N)]
+    return Features(found["train"], found.get("val", found["train"][:0]), found["test"])
+
+
+def _from_all(mine: dict[int, Scored], process: Process) -> dict[int, Scored]:
+    if process.world == 1:
+        return mine
+    everyone: list[dict[int, Scored]] = [{} for _ in range(process.world)]
+    dist.all_gather_object(everyone, mine)
+    return {number: one for part in everyone for number, one in part.items()}
+
+
+def _predictions(number: int, test: Labelled, split: Split, scores: NDArray[np.float64]) -> Predictions:
+    rows = test.rows_N[split.test]
+    return Predictions(
+        np.full(len(rows), number, np.int32), rows, test.patients_N[split.test], test.labels_N[split.test], scores
     )
 
 
-def _occurring(names: list[str], labels_N: NDArray[np.int32]) -> tuple[list[str], NDArray[np.int32]]:
-    """The names some image has, and the labels in their numbers: a vocabulary knows more than a dataset holds."""
-    present = np.unique(labels_N[labels_N >= 0])
-    renumbered = np.full(len(names) + 1, -1, dtype=np.int32)  # the last place is that of -1
-    renumbered[present] = np.arange(len(present))
-    return [names[k] for k in present], renumbered[labels_N]
+def _data(images: Images, label: str, train_split: str, test_split: str) -> DataRecord:
+    train, test = images.train, images.test
+    left_out = {"all": train.left_out} if images.folds else {train_split: train.left_out, test_split: test.left_out}
+    if images.val:
+        left_out["val"] = images.val.left_out
+    known = {knowledge(part.dataset) for part in (train, test)}
+    return DataRecord(
+        name=_name(train.dataset),
+        sha256=train.dataset.sha256,
+        label=label,
+        classes=list(train.classes),
+        train_split="all" if images.folds else train_split,
+        test_split="all" if images.folds else test_split,
+        test_name=_name(test.dataset),
+        test_sha256=test.dataset.sha256,
+        train_counts=train.counts(),
+        test_counts=test.counts(),
+        left_out=left_out,
+        patients=known.pop() if len(known) == 1 else "partly known",
+    )
+
+
+def _name(dataset: Dataset) -> str:
+    return dataset.path.resolve().name

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.dataset import Dataset
 from data_prep.errors import UserError
-
-# A patient's number starts here where the patient is unknown: each such image is a patient of its own.
-_UNKNOWN = 1 << 40
+from medpretrain.data.patients import patients
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,9 @@ def labelled(
     known = ids >= 0
     missing, where = int((~known).sum()), " and ".join(repr(split) for split in splits)
     if missing == len(rows):
-        raise UserError(f"no image of split {where} of {dataset.path} has a label {label!r} out of {', '.join(classes)}")
+        raise UserError(
+            f"no image of split {where} of {dataset.path} has a label {label!r} out of {', '.join(classes)}"
+        )
     if missing and not leave_out:
         raise UserError(
             f"{missing} of {len(rows)} images of split {where} of {dataset.path} have no label {label!r} out of "
@@ -80,17 +81,7 @@ def labelled(
     return Labelled(dataset, rows[known], ids[known], patients(dataset)[rows[known]], tuple(classes), missing)
 
 
-def patients(dataset: Dataset) -> NDArray[np.int64]:
-    """A number a patient, (N,); an image whose patient is unknown has one of its own, from 2 ** 40 on."""
-    column = dataset.index.column("patient").combine_chunks()
-    codes = column.dictionary_encode() if not hasattr(column, "indices") else column
-    numbers: NDArray[np.int64] = codes.indices.fill_null(-1).to_numpy().astype(np.int64)
-    unknown = numbers < 0
-    numbers[unknown] = _UNKNOWN + np.flatnonzero(unknown)
-    return numbers
-
-
-def knowledge(dataset: Dataset) -> str:
+def knowledge(dataset: Dataset) -> Literal["known", "partly known", "unknown"]:
     """Whether patients are `known`, `partly known` or `unknown`."""
     without = dataset.info.patients.images_without
     return "known" if not without else "unknown" if without == len(dataset) else "partly known"
@@ -98,13 +89,16 @@ def knowledge(dataset: Dataset) -> str:
 
 def refuse_shared_patients(train: Labelled, test: Labelled) -> None:
     """Raises:
-    UserError: a known patient has images in both.
+    UserError: a known patient has images in both. In two datasets one is known again only where both were prepared
+        with the same key: without one patients are numbered anew in each.
     """
     if train.dataset.sha256 == test.dataset.sha256:
         both = np.intersect1d(train.patients_N, test.patients_N)
-    else:
+    elif train.dataset.info.patient_key is not None and train.dataset.info.patient_key == test.dataset.info.patient_key:
         names = [set(part.dataset.index.column("patient").take(part.rows_N).to_pylist()) for part in (train, test)]
         both = np.array(sorted((names[0] & names[1]) - {None}))
+    else:
+        return
     if len(both):
         raise UserError(
             f"{len(both)} patients have images both in what is learned from and in what is measured on; "

@@ -6,15 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from sklearn.preprocessing import StandardScaler
 
 from data_prep.errors import UserError
+from medpretrain.evaluation.logistic import Optimum, Regression
 
 DEFAULT_C = 1.0
 GRID = (0.001, 0.01, 0.1, 1.0, 10.0)
-_MAX_ITERATIONS = 1000
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,11 @@ class LinearProbe:
     chosen_on: str
     """"val" if C was chosen there, "default" if there was no such split."""
     iterations: int
+    """Newton steps."""
     converged: bool
+    """Whether `gradient` is at most `logistic.TOLERANCE`; the scores are then right to 1e-6 or better."""
+    gradient: float
+    """The largest absolute entry of the gradient of the mean loss at these weights."""
 
 
 def linear_scores(
@@ -66,24 +69,26 @@ def linear_scores(
     scaler = StandardScaler().fit(train_ND.astype(np.float64))
     train = scaler.transform(train_ND.astype(np.float64))
     test = scaler.transform(test_MD.astype(np.float64))
+    regression = Regression(train, labels_N, n_classes)
+    chosen, best = DEFAULT_C, None
     if val is None:
-        best = _fit(train, labels_N, DEFAULT_C)
+        best = regression.fit(DEFAULT_C)
     else:
         if not len(val[1]):
             raise UserError("the val split has no labelled image to choose C on")
         held_out = scaler.transform(val[0].astype(np.float64))
-        fitted = [_fit(train, labels_N, c) for c in GRID]
-        losses = [log_loss(val[1], model.predict_proba(held_out), labels=range(n_classes)) for model in fitted]
-        best = fitted[int(np.argmin(losses))]
-    iterations = int(np.max(best.n_iter_))
+        lowest, fitted = np.inf, None
+        for c in sorted(GRID):  # each starts from the one before, which is near
+            fitted = regression.fit(c, fitted)
+            loss = log_loss(val[1], fitted.scores(held_out), labels=range(n_classes))
+            if loss < lowest:
+                chosen, best, lowest = c, fitted, loss
+    assert isinstance(best, Optimum)
     return LinearProbe(
-        scores=best.predict_proba(test),
-        C=float(best.C),
+        scores=best.scores(test),
+        C=chosen,
         chosen_on="val" if val else "default",
-        iterations=iterations,
-        converged=iterations < _MAX_ITERATIONS,
+        iterations=best.iterations,
+        converged=best.converged,
+        gradient=best.gradient,
     )
-
-
-def _fit(features: NDArray[np.float64], labels: NDArray[np.integer], c: float) -> LogisticRegression:
-    return LogisticRegression(C=c, solver="lbfgs", max_iter=_MAX_ITERATIONS).fit(features, labels)

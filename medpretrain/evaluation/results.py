@@ -25,6 +25,8 @@ SUFFIX = ".evaluation.json"
 PREDICTIONS = ".predictions.parquet"
 
 Value = bool | int | float | str | None
+SEED, SETTING = "seed", "setting_sha256"
+"""In `SourceRecord.about`: the seed of a pretraining, and the hash of its recipe but for the seed."""
 Protocol = Literal["knn", "linear", "finetune"]
 
 
@@ -104,6 +106,7 @@ class Summary(_Record):
     sd: dict[str, float] | None
     """Between repeats or seeds, ddof 1; None for one."""
     interval: dict[str, Interval]
+    """Empty where no resamples were asked for."""
 
 
 class Evaluation(_Record):
@@ -169,7 +172,11 @@ class Predictions:
     def of_unit(self, number: int) -> Predictions:
         chosen = self.unit_R == number
         return Predictions(
-            self.unit_R[chosen], self.row_R[chosen], self.patient_R[chosen], self.label_R[chosen], self.scores_RK[chosen]
+            self.unit_R[chosen],
+            self.row_R[chosen],
+            self.patient_R[chosen],
+            self.label_R[chosen],
+            self.scores_RK[chosen],
         )
 
     @classmethod
@@ -213,8 +220,8 @@ def read(path: Path) -> tuple[Evaluation, Predictions]:
         raise UserError(f"{file} is missing: {path.name} is not whole without it")
     table = pq.read_table(file)
     scores = [table.column(f"score_{k}").to_numpy() for k in range(len(evaluation.data.classes))]
-    columns = (table.column(name).to_numpy() for name in ("unit", "row", "patient", "label"))
-    predictions = Predictions(*columns, np.stack(scores, axis=1))
+    unit, row, patient, true = (table.column(name).to_numpy() for name in ("unit", "row", "patient", "label"))
+    predictions = Predictions(unit, row, patient, true, np.stack(scores, axis=1))
     counted = {unit.number: unit.n_test for unit in evaluation.units}
     found = dict(zip(*(part.tolist() for part in np.unique(predictions.unit_R, return_counts=True)), strict=True))
     if counted != found:

@@ -3,108 +3,83 @@
 from __future__ import annotations
 
 import json
-import re
-from typing import Annotated, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+from medpretrain.export.card_code import lines
+from medpretrain.export.description import CARD, PREPROCESSING, WEIGHTS, Description, Form, Window
+from medpretrain.export.difference import BATCHES, Difference
+from medpretrain.export.provenance import NOT_PROVIDED, Provenance
+from medpretrain.export.timm_form import enlargement_note
 
-from medpretrain.models.backbones import Stem
-from medpretrain.models.preprocessing import Preprocessing
+if TYPE_CHECKING:
+    from medpretrain.evaluation.results import Evaluation
 
-NOT_PROVIDED = "not provided"
-
-# A name is shown in a table and in YAML; a slash would be a path, which may name a patient or a person.
-Name = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f/\\|<>\"]+$")]
-Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-Count = Annotated[int, Field(ge=0)]
-
-
-class Provenance(BaseModel):
-    """What the weights came from; None is shown as "not provided".
-
-    Raises:
-        ValueError: a hash that is not 64 hexadecimal digits, a negative count, a name with a slash.
-
-    >>> Provenance(recipe_name="configs/demo.yaml").recipe_name
-    'demo'
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    method: Name | None = None
-    recipe_name: Name | None = None
-    """A recipe given as a path is known by the name of its file."""
-    recipe_sha256: Sha256 | None = None
-    dataset_sha256: tuple[Sha256, ...] | None = None
-    """Of each dataset, in their order."""
-    dataset_counts: dict[Name, Count] | None = None
-    """Images, by split or by whatever the dataset counts."""
-    step: Count | None = None
-    images_seen: Count | None = None
-    """Images drawn over the whole run, repeats counted."""
-    medpretrain_version: Name | None = None
-    torch_version: Name | None = None
-    timm_version: Name | None = None
-
-    @field_validator("recipe_name", mode="before")
-    @classmethod
-    def _file_name_only(cls, value: object) -> object:
-        return re.split(r"[/\\]", value)[-1].removesuffix(".yaml") if isinstance(value, str) else value
+_TITLES: dict[Form, str] = {
+    "timm": "timm",
+    "onnx": "ONNX, with onnxruntime and without torch",
+    "pt2": "torch.export, with torch alone",
+}
 
 
 def model_card(
-    name: str, architecture: str, stem: Stem, features: int, preprocessing: Preprocessing, provenance: Provenance
+    name: str,
+    features: int,
+    description: Description,
+    provenance: Provenance,
+    differences: Mapping[Form, Difference],
+    evaluations: Sequence[Evaluation] = (),
 ) -> str:
-    """The README.md of an export: Markdown with YAML front matter, after TRIPOD+AI and MI-CLAIM where they apply."""
-    p, size = provenance, preprocessing.size
-    counts = ", ".join(f"{key} {count}" for key, count in p.dataset_counts.items()) if p.dataset_counts else None
+    """The README.md of an export: Markdown with YAML front matter, after TRIPOD+AI and MI-CLAIM where they apply.
+
+    Args:
+        name: of the model.
+        features: D.
+        description: of `preprocessing.json`; its forms get lines that load them.
+        provenance: what is known of the origin.
+        differences: as measured, by form.
+        evaluations: of these weights.
+    """
+    d, p = description, provenance
     tags = ["timm", "medical-imaging", "medpretrain", *([p.method] if p.method else [])]
     front = ["library_name: timm", "pipeline_tag: image-feature-extraction", "license: other", "tags:"]
     front += [f"- {json.dumps(tag)}" for tag in tags]
-    rows = {
-        "method": p.method,
-        "recipe": p.recipe_name,
-        "recipe SHA-256": p.recipe_sha256,
-        "dataset SHA-256": ", ".join(p.dataset_sha256) if p.dataset_sha256 else None,
-        "images in the dataset": counts,
-        "steps": p.step,
-        "images seen": p.images_seen,
-        "medpretrain": p.medpretrain_version,
-        "torch": p.torch_version,
-        "timm": p.timm_version,
-    }
-    made_from = "\n".join(f"| {key} | {_shown(value)} |" for key, value in rows.items())
     return f"""---
 {chr(10).join(front)}
 ---
 
 # {name}
 
-A `{architecture}` backbone without a classifier, pretrained on medical images with medpretrain.
-An image of {size} x {size} pixels and {preprocessing.channels} channel(s) becomes {features} features.
+A `{d.architecture}` backbone without a classifier, pretrained on medical images with medpretrain.
+An image of {d.size} x {d.size} pixels and {d.channels} channel(s) becomes {features} features.
 
 ## How to load it
 
-In this folder, with timm and Pillow:
+In this folder, with an image file:
+{_loading(d)}
+{_preparation(d)}
+| form | file | largest difference from the trained backbone | of the largest feature |
+| --- | --- | --- | --- |
+{_differences(d, differences)}
 
-```python
-{_loading(stem, preprocessing)}
-```
+Measured when it was exported, on random images in batches of {", ".join(map(str, BATCHES))}, in float32 on a CPU.
 
-{_preparation(stem, preprocessing)}
 ## What it was made from
 
 | | |
 | --- | --- |
-{made_from}
+{_table(_origin(p))}
 
-| about the data | |
+## Results
+
+{_results(evaluations)}
+## Reporting
+
+The items of TRIPOD+AI (and the parts of MI-CLAIM) that apply to a pretrained backbone.
+
+| item | |
 | --- | --- |
-| source, setting and dates | {NOT_PROVIDED} |
-| patients: number, age, sex, ethnicity | {NOT_PROVIDED} |
-| devices and acquisition | {NOT_PROVIDED} |
-| inclusion and exclusion | {NOT_PROVIDED} |
-| ethics approval and consent | {NOT_PROVIDED} |
+{_table(_reporting(d, p, evaluations))}
 
 ## Intended use
 
@@ -114,61 +89,137 @@ A starting point for research: frozen features, or weights to fine-tune on a lab
 
 - It is not a medical device. It makes no diagnosis and has not been tested in clinical use.
 - Images from other devices, hospitals or patients than those it saw may be represented badly.
-- Performance on any task, overall and by subgroup: {NOT_PROVIDED}. Measure it on your own data before you rely on it.
+- Measure it on your own data before you rely on it, overall and by subgroup.
 - Weights can retain something of their training images; treat them as your agreement on those images says.
 
 ## Licence and contact
 
 Licence: other, that is: {NOT_PROVIDED}. It depends on the agreement on the training images.
-Contact: {NOT_PROVIDED}. Funding: {NOT_PROVIDED}.
+Contact: {NOT_PROVIDED}.
 """
 
 
-def enlargement_note(size: int) -> str:
-    """Why a 3x3-stem export asks for images twice as large, for the card and the config."""
-    return (
-        f"trained on {size} x {size} pixels with a 3x3 first convolution of stride 1, stored as an equal 7x7 one of "
-        f"stride 2: prepare the image at {size} x {size}, then repeat each pixel twice in both directions (2x, nearest)"
+def _loading(d: Description) -> str:
+    blocks = [f"\n### {_TITLES[form]}\n\n```python\n{lines(form, d)}\n```\n" for form in d.forms]
+    return "".join(blocks)
+
+
+def _preparation(d: Description) -> str:
+    steps = [f"squash to {d.size} x {d.size} (bilinear, antialiased; the aspect ratio is not kept)"]
+    steps += ["round to whole gray values"] if d.rounded else []
+    steps += [f"divide by {d.divide:.0f}", "subtract the mean, divide by the deviation"]
+    text = [f"`{PREPROCESSING}` holds the same in numbers: {', '.join(steps)}."]
+    if "onnx" in d.forms or "pt2" in d.forms:
+        text.append("The ONNX and torch.export forms take pixels from 0 to 1 and do the last step themselves.")
+    if d.channels == 1 and d.bit_depth <= 8:
+        text.append("A colour image becomes its luma; decoders differ in it by up to 3 gray values.")
+    if d.bit_depth > 8:
+        text.append("The image files are gray, of 16 bits.")
+    if d.enlarge:
+        text.append(
+            f"\n\n**For timm the image must be enlarged twice.** This backbone was {enlargement_note(d.size)}. timm's "
+            f"own transform resizes to {2 * d.size} x {2 * d.size} in one step, which is not the same."
+        )
+    for window in d.window or ():
+        shown = f"{window.window}" if window.window else "none; the images came as they are"
+        text.append(f"\n\nGray values were windowed before: {shown} (dataset {window.dataset_sha256[:12]}).")
+        if window.centre_width:
+            pairs = ", ".join(f"{place} {c:g}/{w:g}" for place, (c, w) in window.centre_width.items())
+            text.append(f"For CT, centre/width in Hounsfield units: {pairs}.")
+    return " ".join(text).replace(" \n", "\n") + "\n"
+
+
+def _differences(d: Description, differences: Mapping[Form, Difference]) -> str:
+    return "\n".join(
+        f"| {form} | {d.forms[form].file} | {found.absolute:.1e} | {found.relative:.1e} |"
+        for form, found in differences.items()
     )
 
 
-def _preparation(stem: Stem, preprocessing: Preprocessing) -> str:
-    size = preprocessing.size
-    text = (
-        f"`preprocessing.json` holds the same in numbers: squash to {size} x {size} (bilinear, antialiased; the aspect "
-        f"ratio is not kept), divide by {2**preprocessing.bit_depth - 1}, subtract the mean, divide by the deviation.\n"
-    )
-    if stem == "timm":
-        return text
-    return text + (
-        f"\n**The image must be enlarged twice.** This backbone was {enlargement_note(size)}. "
-        f"timm's own transform resizes to {2 * size} x {2 * size} in one step, which is not the same.\n"
-    )
+def _origin(p: Provenance) -> dict[str, object]:
+    counts = ", ".join(f"{key} {count}" for key, count in p.dataset_counts.items()) if p.dataset_counts else None
+    return {
+        "method": p.method,
+        "recipe": p.recipe_name,
+        "recipe SHA-256": p.recipe_sha256,
+        "dataset SHA-256": ", ".join(p.dataset_sha256) if p.dataset_sha256 else None,
+        "checkpoint SHA-256": p.checkpoint_sha256,
+        "images in the dataset": counts,
+        "steps": p.step,
+        "images seen": p.images_seen,
+        "medpretrain": p.medpretrain_version,
+        "torch": p.torch_version,
+        "timm": p.timm_version,
+    }
 
 
-def _loading(stem: Stem, preprocessing: Preprocessing) -> str:
-    size, channels, depth = preprocessing.size, preprocessing.channels, preprocessing.bit_depth
-    mode = {(1, True): "L", (1, False): "F", (3, True): "RGB"}.get((channels, depth <= 8))
-    lines = ["import json, numpy, timm, torch"]
-    if mode:
-        lines += [
-            "from PIL import Image",
-            "",
-            'p = json.load(open("preprocessing.json"))',
-            f'image = Image.open("image.png").convert("{mode}").resize(({size}, {size}), Image.Resampling.BILINEAR)',
-            f'x = torch.from_numpy(numpy.array(image, "float32")).view(1, {size}, {size}, {channels}) / {2**depth - 1}',
-        ]
-    else:
-        lines += [
-            "",
-            'p = json.load(open("preprocessing.json"))',
-            f"x = torch.rand(1, {size}, {size}, {channels})  # here: your image, scaled to [0, 1]",
-        ]
-    lines.append('x = ((x - torch.tensor(p["mean"])) / torch.tensor(p["std"])).permute(0, 3, 1, 2)')
-    if stem == "3x3":
-        lines.append("x = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)  # the 2x nearest enlargement")
-    lines.append('features = timm.create_model("local-dir:.", pretrained=True).eval()(x)')
-    return "\n".join(lines)
+def _results(evaluations: Sequence[Evaluation]) -> str:
+    if not evaluations:
+        return f"Performance on any task, overall and by subgroup: {NOT_PROVIDED}.\n"
+    rows = [
+        "Of these weights; 95 % intervals of a bootstrap by patients.",
+        "",
+        "| protocol | dataset | label | training data | test images | AUROC | 95 % interval | balanced accuracy |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for evaluation in evaluations:
+        data = evaluation.data
+        external = f"{data.name}, tested on {data.test_name}" if data.test_sha256 != data.sha256 else data.name
+        for summary in evaluation.summaries:
+            interval = summary.interval.get("auroc")
+            shown = f"{interval.low:.3f} to {interval.high:.3f}" if interval else NOT_PROVIDED
+            tested = sum(data.test_counts) if not evaluation.folds else sum(data.train_counts)
+            rows.append(
+                f"| {evaluation.title} | {_cell(external)} | {_cell(data.label)} | {summary.fraction:g} % | {tested} | "
+                f"{summary.mean['auroc']:.3f} | {shown} | {summary.mean['balanced_accuracy']:.3f} |"
+            )
+    return "\n".join([*rows, "", f"By subgroup: {NOT_PROVIDED}."]) + "\n"
+
+
+def _reporting(d: Description, p: Provenance, evaluations: Sequence[Evaluation]) -> dict[str, object]:
+    counts = p.dataset_counts
+    return {
+        "source, setting and dates of the data (5, 6a; MI-CLAIM 1)": None,
+        "eligibility: inclusion and exclusion (6b)": None,
+        "patients: number, age, sex, ethnicity (20b; MI-CLAIM 1)": None,
+        "devices and acquisition": None,
+        "data preparation (7)": f"{PREPROCESSING}" + (f"; {_windows(d.window)}" if d.window else ""),
+        "outcome and its assessment (8)": "none is predicted: the output is features",
+        "sample size (10)": f"{sum(counts.values())} images" if counts else None,
+        "missing data (11)": None,
+        "model, training and hyperparameters (12c, 22; MI-CLAIM 2)": (
+            f"{d.architecture}, {p.method}, recipe {p.recipe_name} ({p.recipe_sha256})" if p.recipe_sha256 else None
+        ),
+        "class imbalance (13)": None,
+        "fairness (14, 26)": None,
+        "separation of training and test data (16; MI-CLAIM 2)": _separation(evaluations),
+        "performance with confidence intervals (12e, 23a; MI-CLAIM 3)": "see Results" if evaluations else None,
+        "examination of the model (MI-CLAIM 4)": None,
+        "ethics approval and consent (17)": None,
+        "funding and conflicts of interest (18a, 18b)": None,
+        "protocol and registration (18c, 18d)": None,
+        "availability of data (18e)": None,
+        "availability of code and model (18f; MI-CLAIM 5)": f"medpretrain (Apache-2.0); {WEIGHTS}, {CARD} and the rest",
+        "patient and public involvement (19)": None,
+    }
+
+
+def _windows(windows: Sequence[Window]) -> str:
+    return "windows " + ", ".join(sorted({window.window or "none" for window in windows}))
+
+
+def _separation(evaluations: Sequence[Evaluation]) -> str | None:
+    if not evaluations:
+        return None
+    return "by patient where patients are known: " + ", ".join(sorted({found.data.patients for found in evaluations}))
+
+
+def _table(rows: Mapping[str, object]) -> str:
+    return "\n".join(f"| {key} | {_shown(value)} |" for key, value in rows.items())
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "/").replace("\n", " ")
 
 
 def _shown(value: Any) -> str:

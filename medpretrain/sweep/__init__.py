@@ -1,1 +1,1 @@
-"""One recipe that expands to many runs."""
+"""Many runs from one file: expanded, trained and evaluated one after another, and put into one table and figure."""

@@ -20,7 +20,8 @@ from medpretrain.tracking.state import RunState, ServerState, server_file
 # MLflow's own limits.
 _METRICS_A_CALL = 1000
 _PARAMS_A_CALL = 100
-_TAG = "medpretrain.run"
+RUN_TAG = "medpretrain.run"
+"""Of an MLflow run: `RunState.key` of the run folder that it is of."""
 
 # Set unless the user has: our own back-off replaces MLflow's four minutes of silent retries; no chatter on the console;
 # no usage statistics from a hospital to MLflow's makers.
@@ -39,6 +40,13 @@ _log = logging.getLogger(__name__)
 def default_uri(run: Path, uri: str | None) -> str:
     """The tracking URI: the one given, or $MLFLOW_TRACKING_URI, or a SQLite file beside the run folder."""
     return uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run.resolve().parent / 'mlflow.db'}"
+
+
+def artifact_location(uri: str) -> str | None:
+    """Of a new experiment: beside a SQLite file; MLflow would take a folder of wherever the process was started."""
+    if not uri.startswith("sqlite:///"):
+        return None
+    return (Path(uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts").as_uri()
 
 
 def failures() -> tuple[type[Exception], ...]:
@@ -111,24 +119,18 @@ class Session:
     def _find_or_create(self, experiment: str, run_name: str, start_ms: int | None, lost: bool) -> Any:
         found = self._client.get_experiment_by_name(experiment)
         if found is None:
-            experiment_id = self._client.create_experiment(experiment, artifact_location=self._artifact_location())
+            experiment_id = self._client.create_experiment(experiment, artifact_location=artifact_location(self._uri))
         else:
             experiment_id = found.experiment_id
         # The tag finds a run whose creation was not acknowledged, or whose state file is gone.
         key = self._run_state.key
-        runs = self._client.search_runs([experiment_id], f"tags.`{_TAG}` = '{key}'", max_results=1)
+        runs = self._client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{key}'", max_results=1)
         if runs:
             if lost:
                 self._state.since = 0
             return runs[0]
         self._state.write(self._file)
-        return self._client.create_run(experiment_id, start_time=start_ms, run_name=run_name, tags={_TAG: key})
-
-    def _artifact_location(self) -> str | None:
-        """Beside a SQLite file; MLflow would take a folder of wherever the process was started."""
-        if not self._uri.startswith("sqlite:///"):
-            return None
-        return (Path(self._uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts").as_uri()
+        return self._client.create_run(experiment_id, start_time=start_ms, run_name=run_name, tags={RUN_TAG: key})
 
     def _log_params(self, params: Mapping[str, str], known: Mapping[str, str]) -> None:
         from mlflow.entities import Param

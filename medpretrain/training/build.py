@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, NotRequired, TypedDict, cast
 
 import numpy as np
 import torch
@@ -106,6 +106,8 @@ class DatasetFacts(TypedDict):
     splits: dict[str, int]
     training: dict[str, Any]
     """Its `TrainingSet` as JSON."""
+    windows: NotRequired[list[str | None]]
+    """Of each dataset what `medpretrain prep dicom` was told as `--window`; None: images, which have none."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,8 @@ class TrainedRun:
     backbone: nn.Module
     preprocessing: Preprocessing
     dataset: DatasetFacts
+    checkpoint_sha256: str
+    """Of the checkpoint's manifest, which holds those of its files."""
 
 
 def load_run(run: Path) -> TrainedRun:
@@ -147,7 +151,13 @@ def load_run(run: Path) -> TrainedRun:
         image_size(recipe), recipe.data.channels, recipe.data.mean, recipe.data.std, bit_depth=dataset["bit_depth"]
     )
     return TrainedRun(
-        run.parent.parent if single else run, recipe, found.info, method.exported.eval(), preprocessing, dataset
+        run.parent.parent if single else run,
+        recipe,
+        found.info,
+        method.exported.eval(),
+        preprocessing,
+        dataset,
+        found.sha256,
     )
 
 

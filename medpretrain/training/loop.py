@@ -164,14 +164,15 @@ def set_up(recipe: Recipe, process: Process) -> Ready:
         UserError: no dataset, a backbone timm does not know, a batch that the processes cannot share, ...
     """
     _configure(recipe, process)
-    dataset = Mixture.open(recipe.data.path, recipe.data.weights)
+    dataset = Mixture.open(recipe.data.path, recipe.data.weights, recipe.data.fraction)
     recipe = with_normalisation(recipe, dataset)
     stream = build_stream(recipe, dataset, process)
     total = recipe.train.steps or math.ceil((recipe.train.epochs or 0) * stream.steps_per_epoch)
     about = CheckpointInfo(dump_recipe(recipe), recipe.sha256, dataset.sha256, process.world, strategy=recipe.strategy)
     data = training_set(recipe, dataset, stream.order)
     known = TypeAdapter(TrainingSet).dump_python(data, mode="json")
-    facts = DatasetFacts(bit_depth=dataset.bit_depth, splits=dataset.splits, training=known)
+    windows = [part.info.options.get("window") for part in dataset.datasets]
+    facts = DatasetFacts(bit_depth=dataset.bit_depth, splits=dataset.splits, training=known, windows=windows)
     method = build_method(recipe, data).to(process.device)
     refuse_batchnorm_of_one(method, recipe, process.world)
     if process.world > 1 and recipe.train.sync_batchnorm:

@@ -14,6 +14,7 @@ from data_prep.errors import UserError
 from data_prep.images import prepare
 from medpretrain.data.batches import Share, Stream
 from medpretrain.data.mixture import Mixture
+from medpretrain.data.patients import some_patients
 from medpretrain.data.views import View
 
 CPU = torch.device("cpu")
@@ -156,3 +157,41 @@ def test_datasets_that_do_not_go_together_are_refused(both, tmp_path):
     prepare(tmp_path / "images", tmp_path / "deep", split={"train": 1.0})
     with pytest.raises(UserError, match=r"small.* has images of 8 bits and .*deep of 16"):
         Mixture.open([both[0], tmp_path / "deep"])
+
+
+def test_a_fraction_of_the_patients_is_nested_and_the_same_for_any_seed(both):
+    parts = {percent: Mixture.open(both, fraction=percent) for percent in (20.0, 60.0, 100.0)}
+    rows = {percent: part.rows("train") for percent, part in parts.items()}
+    assert set(rows[20.0]) < set(rows[60.0]) < set(rows[100.0])
+    whole = [len(dataset.rows("train")) for dataset in parts[100.0].datasets]
+    assert len(rows[20.0]) == sum(round(0.2 * images) for images in whole)  # their patients are unknown: an image each
+    for seed in (0, 1):
+        order = parts[20.0].order("train", seed=seed, global_batch=4)
+        assert order.epoch_size == len(rows[20.0])
+        assert set(order.places(0, order.epoch_size).sample) == set(range(len(rows[20.0])))
+
+
+def test_a_stream_of_a_fraction_shows_its_images_and_no_others(both):
+    few = Mixture.open(both, fraction=40.0)
+    settings = {"split": "train", "seed": 3, "global_batch": 6, "channels": 3, "device": CPU, "threads": 1}
+    settings |= {"mean": [0.0] * 3, "std": [1.0] * 3, "labels": ["class"], "block_shards": 1}
+    one = Stream(few, {"crop": View(size=24)}, **settings)
+    labels = few.labels("class")[few.rows("train")]
+    assert np.array_equal(one.all_labels["class"], labels)
+    for batch in take(one, 0, 3):
+        assert batch.samples.max() < len(labels)
+        assert np.array_equal(batch.labels["class"], labels[batch.samples])
+
+
+def test_no_patient_is_taken_in_part():
+    patients = np.array([4, 4, 9, 9, 9, 1 << 40, (1 << 40) + 1])
+    for percent in (1, 30, 50, 80):
+        places = some_patients(patients, percent)
+        chosen = set(patients[places])
+        assert len(chosen) == max(1, round(4 * percent / 100))
+        assert places.tolist() == np.flatnonzero(np.isin(patients, list(chosen))).tolist()
+
+
+def test_a_batch_larger_than_the_fraction_names_it(both):
+    with pytest.raises(UserError, match=r"samples of split 'train' \(data.fraction=20\)"):
+        Mixture.open(both, fraction=20.0).order("train", seed=0, global_batch=60)

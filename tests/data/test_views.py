@@ -12,13 +12,14 @@ from pydantic import ValidationError
 from torchvision.transforms import RandomResizedCrop
 
 from medpretrain.data.augment import apply, blur_matrix, pixel_noise
-from medpretrain.data.views import BiasField, Blur, Jitter, Noise, Parameters, View, draw
+from medpretrain.data.views import Augmentation, BiasField, Blur, Jitter, Noise, Parameters, View, draw
 
 EVERYTHING = View(
     size=32,
     count=2,
     crop=(0.2, 1.0),
     flip=0.5,
+    quarter_turns=0.5,
     jitter=Jitter(p=0.8, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1),
     grayscale=0.2,
     blur=Blur(p=0.5),
@@ -164,3 +165,33 @@ def test_saturation_zero_is_the_luma():
     for channel in range(3):
         torch.testing.assert_close(out[:, channel], luma, atol=1e-5, rtol=1e-5)
     assert math.isclose(luma.mean().item(), out.mean().item(), rel_tol=1e-4)
+
+
+def test_quarter_turns_are_as_often_as_asked_for_and_each_as_likely():
+    turns = drawn(View(size=8, quarter_turns=0.6), samples=range(6000)).turns
+    assert np.bincount(turns) / 6000 == pytest.approx([0.4, 0.2, 0.2, 0.2], abs=0.02)
+
+
+def test_images_are_turned_by_what_was_drawn():
+    images = torch.rand(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    view = View(size=8, quarter_turns=0.7)
+    chosen = drawn(view, samples=range(16))
+    assert set(chosen.turns.tolist()) == {0, 1, 2, 3}
+    seen = apply(images.clone(), view, chosen, torch.zeros(3), torch.ones(3))
+    for image, turns, found in zip(images, chosen.turns.tolist(), seen, strict=True):
+        assert torch.allclose(found, torch.from_numpy(np.rot90(image.numpy(), turns, axes=(1, 2)).copy()), atol=1e-6)
+
+
+def test_the_second_view_may_be_augmented_otherwise_and_takes_nothing_over():
+    view = EVERYTHING.model_copy(update={"count": 3, "second": Augmentation(flip=1.0)})
+    assert [view.of(number) is view for number in range(3)] == [True, False, True]
+    second = drawn(view.of(1), number=1)
+    assert second.flip.all()
+    assert not second.sigma.any()
+    assert (second.end - second.start == 1).all()
+    assert np.array_equal(drawn(view.of(0)).digest(), drawn().digest())
+
+
+def test_a_second_view_needs_two_views():
+    with pytest.raises(ValidationError, match="second is of the second view, and count is 1"):
+        View(size=32, second=Augmentation())

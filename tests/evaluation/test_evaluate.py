@@ -1,10 +1,7 @@
 from __future__ import annotations
 
 import io
-import json
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,49 +10,22 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from data_prep.dataset import Dataset
 from data_prep.errors import UserError
-from medpretrain.evaluation.evaluate import Result, evaluate
-from medpretrain.evaluation.features import extract
-from medpretrain.evaluation.report import table, write_json
+from medpretrain.evaluation.evaluate import evaluate
+from medpretrain.evaluation.metrics import SCALARS, scalars
+from medpretrain.evaluation.plan import choose_images
+from medpretrain.evaluation.protocols import Asked, FineTune, Knn, Linear
+from medpretrain.evaluation.results import Evaluation, Predictions
+from medpretrain.evaluation.show import table
+from medpretrain.evaluation.source import Source
 from medpretrain.models.preprocessing import Preprocessing
 
-GRAY = Preprocessing(size=8, channels=1, mean=(0.5,), std=(0.5,))
-SPLITS = {"train": range(60), "val": range(60, 90), "test": range(90, 130)}
-
-
-class FakeDataset:
-    """What an evaluation asks of a dataset, held in memory: three classes of brighter and brighter images."""
-
-    sha256 = "ab" * 32
-    vocabulary = ("dark", "grey", "bright")
-
-    def __init__(self, splits: tuple[str, ...] = ("train", "val", "test")) -> None:
-        rng = np.random.default_rng(11)
-        self.info = SimpleNamespace(splits={split: len(SPLITS[split]) for split in splits})
-        self.of_class = np.arange(130, dtype=np.int32) % 3
-        self.images = (self.of_class[:, None, None, None] + 0.3 * rng.normal(size=(130, 1, 8, 8))).astype(np.float32)
-
-    def rows(self, split: str) -> np.ndarray:
-        if split not in self.info.splits:
-            raise UserError(f"the dataset has no split {split!r}")
-        return np.array(SPLITS[split], dtype=np.int64)
-
-    def labels(self, name: str) -> np.ndarray:
-        return self.of_class
-
-    def label_names(self, name: str) -> list[str]:
-        return list(self.vocabulary)
-
-
-def batches(dataset: Any, rows: np.ndarray, *, batch: int, **settings: Any) -> Iterator[Tensor]:
-    assert settings.pop("device") == torch.device("cpu")
-    assert settings == {"size": 8, "channels": 1, "mean": [0.5], "std": [0.5]}
-    for start in range(0, len(rows), batch):
-        yield torch.from_numpy(dataset.images[rows[start : start + batch]])
+GRAY = Preprocessing(size=16, channels=1, mean=(0.5,), std=(0.25,))
 
 
 class Moments(nn.Module):
-    """Features that tell the classes apart; BatchNorm shows whether eval mode was set."""
+    """Brightness and contrast, which tell `dark` from `light`; BatchNorm shows whether eval mode was set."""
 
     num_features = 2
 
@@ -65,143 +35,116 @@ class Moments(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(x)
-        return torch.stack([x.mean(dim=(1, 2, 3)) - 1, x.std(dim=(1, 2, 3))], dim=1)
+        return torch.stack([x.mean(dim=(1, 2, 3)), x.std(dim=(1, 2, 3))], dim=1)
 
 
-def run(dataset: FakeDataset, **options: Any) -> Result:
-    settings: dict[str, Any] = {"protocol": "knn", "device": "cpu", "batches": batches, "batch": 7, **options}
-    return evaluate(settings.pop("protocol"), Moments(), dataset, GRAY, **settings)  # type: ignore[arg-type]
+def tiny(name: str = "tiny", backbone: nn.Module | None = None) -> Source:
+    return Source(name, "run", (backbone or Moments()).eval(), GRAY, "moments", f"{len(name):064x}", {"seed": 0})
 
 
-def test_features_keep_the_order_of_the_rows_and_touch_no_statistics() -> None:
-    dataset, backbone = FakeDataset(), Moments()
-    rows = np.array([5, 3, 3, 129, 0], dtype=np.int64)
-    features = extract(backbone, dataset, rows, GRAY, device="cpu", batch=2, batches=batches)  # type: ignore[arg-type]
-    expected = backbone(torch.from_numpy(dataset.images[rows])).detach().numpy()
-    np.testing.assert_allclose(features, expected, rtol=1e-6)
-    assert features.dtype == np.float32
-    assert not backbone.training
-    assert backbone.norm.num_batches_tracked == 0
-
-
-def test_no_row_is_refused() -> None:
-    with pytest.raises(UserError, match="no image"):
-        extract(Moments(), FakeDataset(), np.zeros(0, np.int64), GRAY, device="cpu", batches=batches)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("protocol", ["knn", "linear"])
-def test_classes_that_differ_are_told_apart(protocol: str) -> None:
-    result = run(FakeDataset(), protocol=protocol)
-    assert (result.n_train, result.n_test, result.accuracy, result.auroc) == (60, 40, 1.0, 1.0)
-    assert result.classes == ["dark", "grey", "bright"]
-    assert result.dataset_sha256 == FakeDataset.sha256
-    assert Result.model_validate_json(result.model_dump_json()) == result
-
-
-def test_k_is_reported_as_it_was_used() -> None:
-    assert run(FakeDataset()).parameters == {"k": 60, "temperature": 0.07}
-    assert run(FakeDataset(), k=9).parameters["k"] == 9
-
-
-def test_C_is_chosen_on_val_only_where_there_is_one() -> None:
-    with_val, without = (run(FakeDataset(s), protocol="linear") for s in (("train", "val", "test"), ("train", "test")))
-    assert (with_val.n_val, with_val.parameters["chosen_on"]) == (30, "val")
-    assert (without.n_val, without.parameters["chosen_on"], without.parameters["C"]) == (0, "default", 1.0)
-
-
-def test_a_val_split_that_is_measured_on_chooses_nothing() -> None:
-    assert run(FakeDataset(), protocol="linear", test_split="val").parameters["chosen_on"] == "default"
-
-
-def test_images_without_a_label_are_left_out_and_counted() -> None:
-    dataset = FakeDataset()
-    dataset.of_class[[0, 1, 95, 60]] = -1
-    result = run(dataset, protocol="linear")
-    assert result.excluded == {"train": 2, "test": 1, "val": 1}
-    assert (result.n_train, result.n_val, result.n_test) == (58, 29, 39)
-
-
-def test_a_val_split_without_any_label_is_not_used_and_shows() -> None:
-    dataset = FakeDataset()
-    dataset.of_class[60:90] = -1
-    result = run(dataset, protocol="linear")
-    assert (result.n_val, result.excluded["val"], result.parameters["chosen_on"]) == (0, 30, "default")
-
-
-def test_names_of_the_vocabulary_that_no_image_has_are_no_classes() -> None:
-    dataset = FakeDataset()
-    expected = run(dataset)
-    dataset.vocabulary = ("CT", "dark", "MR", "grey", "bright", "US")  # type: ignore[assignment]
-    dataset.of_class = np.array([1, 3, 4], dtype=np.int32)[dataset.of_class]
-    dataset.of_class[60:90] = -1
-    result = run(dataset)
-    assert result.classes == expected.classes == ["dark", "grey", "bright"]
-    assert (result.accuracy, result.auroc, result.aupr) == (expected.accuracy, expected.auroc, expected.aupr)
-
-
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_a_class_missing_in_a_split_is_refused_before_images_are_read(split: str) -> None:
-    dataset = FakeDataset()
-    rows = dataset.rows(split)
-    dataset.of_class[rows[dataset.of_class[rows] == 1]] = -1
-
-    def unread(*args: Any, **settings: Any) -> Iterator[Tensor]:
-        raise AssertionError("images were read")
-
-    with pytest.raises(UserError, match=f"class 'grey' in label 'class' of split '{split}'"):
-        run(dataset, batches=unread)
+def run(
+    dataset: Dataset, asked: Asked, *, source: Source | None = None, folds: int = 0, **options: Any
+) -> tuple[Evaluation, Predictions]:
+    images = choose_images(dataset, label="grade", folds=folds)
+    return evaluate(asked, source or tiny(), images, label="grade", resamples=options.pop("resamples", 100), **options)
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"protocol": "knm"}, "did you mean 'knn'"),
-        ({"test_split": "train"}, "must not be the train split"),
-        ({"test_split": "tset"}, "no split 'tset'"),
-    ],
+    "asked", [Knn(k=5), Linear(), Linear(variant="amimv"), FineTune(variant="plain")], ids=lambda one: one.variant
 )
-def test_what_cannot_be_evaluated_is_refused(options: dict[str, str], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        run(FakeDataset(), **options)
+def test_classes_that_differ_are_told_apart(graded: Dataset, asked: Asked) -> None:
+    source = tiny()
+    evaluation, predictions = run(graded, asked, source=source)
+    (unit,) = evaluation.units
+    assert unit.metrics.auroc > 0.95
+    assert unit.n_train == graded.info.splits["train"]
+    assert unit.n_val == graded.info.splits["val"]
+    assert unit.n_test == len(predictions.row_R) == graded.info.splits["test"]
+    assert evaluation.data.patients == "known"
+    assert evaluation.data.classes == ["dark", "light"]
+    assert evaluation.source.name == "tiny"
+    assert Evaluation.model_validate_json(evaluation.model_dump_json()) == evaluation
+    assert source.backbone.norm.num_batches_tracked == 0  # type: ignore[union-attr,operator]
 
 
-def test_the_table_shows_the_difference_to_the_random_backbone() -> None:
-    trained = run(FakeDataset())
-    random = trained.model_copy(update={"accuracy": 0.25})
-    console = Console(width=140, record=True, file=io.StringIO())
-    console.print(table(trained, random))
+def test_the_scores_that_are_kept_give_the_numbers_that_are_written(graded: Dataset) -> None:
+    evaluation, predictions = run(graded, Knn(k=5), folds=3)
+    assert [unit.fold for unit in evaluation.units] == [0, 1, 2]
+    for unit in evaluation.units:
+        part = predictions.of_unit(unit.number)
+        again = scalars(part.scores_RK, part.label_R)
+        assert {name: getattr(unit.metrics, name) for name in SCALARS} == pytest.approx(again)
+    (summary,) = evaluation.summaries
+    assert summary.mean["auroc"] == pytest.approx(np.mean([unit.metrics.auroc for unit in evaluation.units]))
+    assert summary.interval["auroc"].low <= summary.mean["auroc"] <= summary.interval["auroc"].high
+    assert sorted(predictions.row_R) == list(range(len(graded)))
+
+
+def test_k_and_C_are_written_as_they_were_used(graded: Dataset) -> None:
+    assert run(graded, Knn())[0].units[0].parameters == {"k": graded.info.splits["train"], "temperature": 0.07}
+    own = run(graded, Linear())[0].units[0].parameters
+    assert own["chosen_on"] == "val"
+    of_fold = run(graded, Linear(), folds=2)[0].units[0].parameters
+    assert (of_fold["chosen_on"], of_fold["C"]) == ("default", 1.0)
+
+
+def test_a_repeat_has_other_random_numbers_and_the_same_folds(graded: Dataset) -> None:
+    evaluation, predictions = run(graded, Linear(variant="modan"), folds=2, repeats=2, resamples=0)
+    first, again = predictions.of_unit(0), predictions.of_unit(2)
+    np.testing.assert_array_equal(first.row_R, again.row_R)
+    assert not np.array_equal(first.scores_RK, again.scores_RK)
+    assert evaluation.summaries[0].interval == {}
+    same = run(graded, Linear(variant="modan"), folds=2, repeats=2, resamples=0)[1]
+    np.testing.assert_array_equal(same.scores_RK, predictions.scores_RK)
+
+
+def test_features_that_are_not_finite_are_refused(graded: Dataset) -> None:
+    class Broken(Moments):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) / 0
+
+    with pytest.raises(UserError, match="not finite"):
+        run(graded, Knn(), source=tiny("broken", Broken()))
+
+
+def test_an_interval_that_the_patients_cannot_give_is_refused_before_an_image_is_read(
+    graded: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unread(*args: Any, **settings: Any) -> None:
+        raise AssertionError("features were taken")
+
+    monkeypatch.setattr("medpretrain.evaluation.evaluate.features", unread)
+    with pytest.raises(UserError, match="no 95 % interval"):
+        run(graded, Knn(), folds=20)
+
+
+def test_the_table_shows_the_difference_and_what_must_be_known(small_dataset: Path) -> None:
+    images = choose_images(Dataset.open(small_dataset), label="class")
+    done = [
+        evaluate(Knn(k=3), tiny(name), images, label="class", resamples=100)[0] for name in ("trained", "random")
+    ]
+    worse = done[1].summaries[0].model_copy(update={"mean": {**done[1].summaries[0].mean, "accuracy": 0.25}})
+    done[1] = done[1].model_copy(update={"summaries": [worse]})
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(table(done))
     text = console.export_text()
-    assert "1.0000" in text
-    assert "0.2500" in text
-    assert "+0.7500" in text
-    assert "k 60" in text
+    assert f"{done[0].summaries[0].mean['accuracy'] - 0.25:+.4f}" in text
+    assert "k 3" in text
+    assert "patients are unknown" in text
+    other = done[0].model_copy(update={"parameters": {"k": 4}})
+    with pytest.raises(UserError, match="compare like with like"):
+        table([done[0], other])
 
 
-def test_results_on_other_data_are_not_compared() -> None:
-    trained = run(FakeDataset())
-    with pytest.raises(UserError, match="dataset_sha256"):
-        table(trained, trained.model_copy(update={"dataset_sha256": "0" * 64}))
-
-
-def test_json_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    result = run(FakeDataset())
-    path = tmp_path / "eval.json"
-    write_json(path, {"trained": result}, {"step": 3})
-    written = json.loads(path.read_text())
-    assert Result(**written["trained"]) == result
-    assert written["about"] == {"step": 3}
-    before = path.read_bytes()
-
-    def full(descriptor: int) -> None:
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="no space"):
-        write_json(path, {}, {})
-    assert path.read_bytes() == before
-    assert [file.name for file in tmp_path.iterdir()] == ["eval.json"]
-
-
-def test_json_into_a_missing_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no folder"):
-        write_json(tmp_path / "none" / "eval.json", {}, {})
+@pytest.mark.distributed
+def test_two_processes_give_what_one_gives(graded: Dataset, run_ranks: Any, tmp_path: Path) -> None:
+    """Rows and folds are shared out, so each rank works on images of its own."""
+    for world in (1, 2):
+        options = ["--label", "grade", "--folds", "2", "--repeats", "2", "--variant", "modan", "--resamples", "100"]
+        options += ["--size", "32", "--device", "cpu", "--no-cache", "--out", str(tmp_path / str(world))]
+        run_ranks(["-m", "medpretrain", "evaluate", "linear", "random:resnet10t", str(graded.path), *options], world)
+    one, two = (Evaluation.model_validate_json(next((tmp_path / w).glob("*.json")).read_text()) for w in ("1", "2"))
+    assert one.comparable() == two.comparable()
+    for alone, shared in zip(one.units, two.units, strict=True):
+        assert alone.metrics.auroc == pytest.approx(shared.metrics.auroc, abs=1e-6)
+        assert alone.model_dump(exclude={"metrics"}) == shared.model_dump(exclude={"metrics"})

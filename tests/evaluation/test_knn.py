@@ -54,6 +54,87 @@ def test_a_small_temperature_overflows_nothing() -> None:
     assert torch.equal(scores, torch.eye(3, dtype=torch.float64))
 
 
+def nearest(train: Tensor, test: Tensor, k: int) -> list[list[int]]:
+    """The rows of the k most similar, of equal ones the lower, by sorting all similarities of float64."""
+    length = torch.linalg.vector_norm(train.double(), dim=1)
+    similar = test.double() @ train.double().T / length / torch.linalg.vector_norm(test.double(), dim=1)[:, None]
+    return similar.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values.tolist()
+
+
+def voters(train: Tensor, test: Tensor, k: int) -> list[list[int]]:
+    """The rows that vote: each training image is a class of its own, and all votes weigh about the same."""
+    scores = knn_scores(train, torch.arange(len(train)), test, len(train), k=k, temperature=1e3)
+    assert torch.allclose(scores[scores > 0], torch.tensor(1 / k, dtype=torch.float64), rtol=1e-2)
+    return [row.nonzero()[:, 0].tolist() for row in scores]
+
+
+@pytest.mark.parametrize("k", [1, 5, 20])
+@pytest.mark.parametrize("elements", [2048, 2**24])
+def test_the_neighbours_among_many_are_those_of_sorting_all(
+    k: int, elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seed = secrets.randbits(32)
+    print("seed", seed)
+    generator = torch.Generator().manual_seed(seed)
+    train = torch.randn(2003, 24, generator=generator) * torch.logspace(-3, 3, 2003)[:, None]
+    test = torch.randn(13, 24, generator=generator)
+    monkeypatch.setattr(knn, "_CHUNK_ELEMENTS", elements)
+    assert voters(train, test, k) == nearest(train, test, k)
+
+
+def test_neighbours_that_float32_cannot_tell_apart_are_told_apart() -> None:
+    """Similarities differ by 1e-9 and less, where float32 sees steps of 6e-8, and the far ones are in the way."""
+    seed = secrets.randbits(32)
+    print("seed", seed)
+    generator = torch.Generator().manual_seed(seed)
+    angles = 1e-3 + 1e-6 * torch.randperm(300, generator=generator).double() / 300
+    near = torch.stack([torch.cos(angles), torch.sin(angles), *[torch.zeros_like(angles)] * 6], dim=1)
+    far = torch.randn(5000, 8, generator=generator).double()
+    mixed = torch.randperm(5300, generator=generator)
+    train = torch.cat([near, far])[mixed]
+    test = torch.eye(8, dtype=torch.float64)[:1]
+    gaps = (test @ near.T)[0].sort().values.diff()
+    assert gaps[gaps > 0].min() < 1e-11
+    assert gaps.max() < 1e-8
+    assert voters(train, test, 40) == nearest(train, test, 40)
+
+
+@pytest.mark.parametrize("k", [3, 50])
+def test_copies_are_equal_whatever_stands_between_them(k: int) -> None:
+    """Each of 31 vectors stands 101 times: the first of its copies vote."""
+    generator = torch.Generator().manual_seed(5)
+    train = torch.randn(31, 48, generator=generator).repeat(101, 1)
+    test = train[:31] * 7
+    expected = [[row + 31 * copy for copy in range(k)] for row in range(31)]
+    assert voters(train, test, k) == expected
+
+
+def test_images_that_are_all_alike_are_searched_too() -> None:
+    """A collapsed network: every image may be a neighbour of every other."""
+    generator = torch.Generator().manual_seed(6)
+    train = 1 + 1e-4 * torch.randn(3000, 16, generator=generator)
+    test = 1 + 1e-4 * torch.randn(4, 16, generator=generator)
+    assert voters(train, test, 9) == nearest(train, test, 9)
+
+
+def test_products_that_may_be_rounded_to_fewer_bits_change_nothing() -> None:
+    generator = torch.Generator().manual_seed(7)
+    train, test = torch.randn(2000, 16, generator=generator), torch.randn(5, 16, generator=generator)
+    expected = knn_scores(train, torch.arange(2000), test, 2000, k=9)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert torch.equal(knn_scores(train, torch.arange(2000), test, 2000, k=9), expected)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_a_feature_without_length_is_similar_to_nothing() -> None:
+    train = torch.tensor([[0.0, 0.0], [1.0, 0.0], [-1.0, 0.0]])
+    scores = knn_scores(train, torch.tensor([0, 1, 2]), torch.tensor([[1.0, 0.0], [0.0, 0.0]]), 3, k=2, temperature=1.0)
+    assert scores[0].tolist() == pytest.approx([1 / (1 + math.e), math.e / (1 + math.e), 0.0])
+    assert scores[1].tolist() == pytest.approx([0.5, 0.5, 0.0])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"k": 0}, "neighbour"), ({"temperature": 0.0}, "positive"), ({"temperature": -1.0}, "pos")],

@@ -10,56 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
-from data_prep.errors import UserError
-from medpretrain.export import bundle
-from medpretrain.export.bundle import ExportReport, FeaturesDiffer, Provenance, export
-from medpretrain.models.backbones import create_backbone
-
-KINDS: dict[str, dict[str, Any]] = {
-    "3x3 grey": {"architecture": "resnet18", "stem": "3x3", "channels": 1, "image_size": 32},
-    "3x3 colour": {"architecture": "resnet18", "stem": "3x3", "channels": 3, "image_size": 32},
-    "resnet": {"architecture": "resnet18", "stem": "timm", "channels": 3, "image_size": 64},
-    "vit": {"architecture": "vit_tiny_patch16_224", "stem": "timm", "channels": 1, "image_size": 64},
-}
-PROVENANCE = Provenance(
-    method="dino",
-    recipe_name="configs/retina/dino_weak.yaml",
-    recipe_sha256="1" * 64,
-    dataset_sha256=("2" * 64, "3" * 64),
-    dataset_counts={"train": 200, "test": 40},
-    step=1000,
-    images_seen=256_000,
-    medpretrain_version="0.1.0",
-    torch_version=torch.__version__,
-)
-
-
-def trained(architecture: str, stem: Any, channels: int, image_size: int) -> nn.Module:
-    """A backbone whose weights and batch statistics are not those it starts with."""
-    torch.manual_seed(2)
-    backbone = create_backbone(architecture, channels=channels, stem=stem, image_size=image_size, drop_path=0.1)
-    with torch.no_grad():
-        for parameter in backbone.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-        for _ in range(2):
-            backbone(torch.randn(4, channels, image_size, image_size))
-    return backbone
-
-
-def exported(backbone: nn.Module, out: Path, kind: dict[str, Any], **changes: Any) -> ExportReport:
-    channels = kind["channels"]
-    statistics = {"mean": [0.21, 0.22, 0.23][:channels], "std": [0.31, 0.32, 0.33][:channels]}
-    return export(
-        backbone, **{**kind, **statistics, "name": "demo-v1", "provenance": PROVENANCE, "out": out, **changes}
-    )
-
+from data_prep.errors import UserError, WorkFailed
+from medpretrain.export import graph_forms, timm_form
+from medpretrain.export.bundle import ExportReport, FeaturesDiffer, parse_forms
+from medpretrain.export.provenance import Provenance
+from tests.export.kinds import KINDS, PROVENANCE, exported, trained
 
 # Run by a Python that has timm and knows nothing of medpretrain, over all kinds: timm takes seconds to import.
 FRESH_PROCESS = """
-import json, os, sys, numpy, timm, torch
+import json, sys, numpy, safetensors, timm, torch
 found = {}
 for kind in json.loads(sys.argv[1]):
     given = numpy.load(f"{kind}.npz")
@@ -76,13 +37,9 @@ for kind in json.loads(sys.argv[1]):
         shape = list(other(torch.zeros(2, 3, 96, 96)).shape)
     mine, theirs = model.state_dict(), other.state_dict()
     adapted = [key for key in mine if mine[key].shape != theirs[key].shape or not torch.equal(mine[key], theirs[key])]
-    card = open(f"{kind}/README.md").read().split("```")[1].removeprefix("python\\n")
-    variables = {}
-    os.chdir(kind)
-    exec(card, variables)
-    os.chdir("..")
-    by_card = (variables["features"].detach() - torch.from_numpy(given["of_image"])).abs().max().item()
-    found[kind] = {"difference": difference, "shape": shape, "adapted": adapted, "by_card": by_card}
+    with safetensors.safe_open(f"{kind}/model.safetensors", "pt") as file:
+        header = file.metadata()
+    found[kind] = {"difference": difference, "shape": shape, "adapted": adapted, "header": header}
 assert not any(module.startswith(("medpretrain", "data_prep")) for module in sys.modules)
 print(json.dumps(found))
 """
@@ -93,26 +50,23 @@ def grey() -> nn.Module:
     return trained(**KINDS["3x3 grey"])
 
 
+GREY = {**KINDS["3x3 grey"], "forms": ("timm",)}
+
+
 @pytest.fixture(scope="module")
-def bundles(
+def fresh(
     tmp_path_factory: pytest.TempPathFactory,
-) -> tuple[Path, dict[str, ExportReport], dict[str, dict[str, Any]]]:
-    """An export of each kind, the reports, and what a fresh process found in them."""
-    folder = tmp_path_factory.mktemp("bundles")
-    reports = {}
+    bundles: tuple[Path, dict[str, ExportReport]],
+    backbones: dict[str, nn.Module],
+) -> dict[str, dict[str, Any]]:
+    """What a fresh process found in each export."""
+    folder = tmp_path_factory.mktemp("fresh")
     for kind, settings in KINDS.items():
-        backbone = trained(**settings)
         channels, size = settings["channels"], settings["image_size"]
-        reports[kind] = exported(backbone, folder / kind, settings)
         images = torch.randn(5, channels, size, size, generator=torch.Generator().manual_seed(9))
-        shape = (size, size, 3) if channels == 3 else (size, size)
-        pixels = np.random.default_rng(4).integers(0, 256, shape, dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / kind / "image.png")
-        mean, std = torch.tensor([0.21, 0.22, 0.23][:channels]), torch.tensor([0.31, 0.32, 0.33][:channels])
-        image = (torch.from_numpy(pixels.astype(np.float32)).view(1, size, size, channels) / 255 - mean) / std
         with torch.inference_mode():
-            y, of_image = backbone.eval()(images), backbone(image.permute(0, 3, 1, 2))
-        np.savez(folder / f"{kind}.npz", x=images.numpy(), y=y.numpy(), of_image=of_image.numpy())
+            np.savez(folder / f"{kind}.npz", x=images.numpy(), y=backbones[kind](images).numpy())
+        (folder / kind).symlink_to(bundles[0] / kind)
     done = subprocess.run(
         [sys.executable, "-c", FRESH_PROCESS, json.dumps(list(KINDS))],
         cwd=folder,
@@ -121,37 +75,83 @@ def bundles(
         timeout=240,
     )
     assert done.returncode == 0, done.stderr
-    return folder, reports, json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize(("kind", "allowed"), [("3x3 grey", 0.0), ("3x3 colour", 1e-5), ("resnet", 0.0), ("vit", 0.0)])
-def test_plain_timm_in_a_fresh_process_computes_the_same_features(kind: str, allowed: float, bundles: Any) -> None:
-    _, reports, found = bundles
-    assert reports[kind].max_abs_difference <= allowed
-    assert found[kind]["difference"] <= allowed
+def test_plain_timm_in_a_fresh_process_computes_the_same_features(
+    kind: str, allowed: float, bundles: Any, fresh: Any
+) -> None:
+    assert bundles[1][kind].differences["timm"].absolute <= allowed
+    assert fresh[kind]["difference"] <= allowed
+
+
+@pytest.mark.parametrize("kind", [kind for kind, settings in KINDS.items() if "forms" in settings])
+def test_onnx_and_torch_export_are_within_1e_5_and_timm_is_equal(kind: str, bundles: Any) -> None:
+    found = bundles[1][kind].differences
+    print(kind, {form: (one.absolute, one.relative) for form, one in found.items()})
+    assert list(found) == ["timm", "onnx", "pt2"]
+    assert found["timm"].absolute == 0
+    assert found["onnx"].absolute <= 1e-5
+    assert found["pt2"].absolute <= 1e-5
+    assert all(one.largest > 0.1 for one in found.values()), "features of nothing would be equal too"
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_new_head_other_channels_or_another_size_keep_the_rest(kind: str, bundles: Any) -> None:
+def test_a_new_head_other_channels_or_another_size_keep_the_rest(kind: str, fresh: Any) -> None:
     adapted = {
         "3x3 grey": ["conv1.weight"],
         "3x3 colour": [],
-        "resnet": [],
+        "resnet": ["conv1.0.weight"],
         "vit": ["pos_embed", "patch_embed.proj.weight"],
     }
-    found = bundles[2][kind]
-    assert found["shape"] == [2, 5]
-    assert found["adapted"] == adapted[kind]
+    assert fresh[kind]["shape"] == [2, 5]
+    assert fresh[kind]["adapted"] == adapted[kind]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_lines_of_the_card_give_the_features_of_an_image(kind: str, bundles: Any) -> None:
-    assert bundles[2][kind]["by_card"] <= 1e-4
+def test_the_header_of_the_weights_says_where_they_came_from(fresh: Any, bundles: Any) -> None:
+    header = fresh["resnet"]["header"]
+    assert PROVENANCE.header().items() <= header.items()
+    assert header["checkpoint_sha256"] == "4" * 64
+    said, written = json.loads(header["preprocessing"]), _preprocessing(bundles[0] / "resnet")
+    assert said == {key: value for key, value in written.items() if key != "weights_sha256"}
+    assert (header["format"], header["export"]) == ("pt", "medpretrain export 2")
+
+
+def test_the_graphs_carry_the_same_header(bundles: Any) -> None:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(bundles[0] / "resnet" / "model.onnx"))
+    assert PROVENANCE.header().items() <= session.get_modelmeta().custom_metadata_map.items()
+    assert session.get_inputs()[0].shape == ["batch", 1, 32, 32]
+    extra = {"metadata.json": ""}
+    torch.export.load(bundles[0] / "resnet" / "model.pt2", extra_files=extra)
+    assert PROVENANCE.header().items() <= json.loads(extra["metadata.json"]).items()
+
+
+def test_no_file_names_a_folder_of_this_machine(bundles: Any) -> None:
+    """The tracer and the exporter keep the stack of every operation unless it is taken out."""
+    here = [sys.prefix, str(Path(torch.__file__).parent), str(Path(__file__).parents[2]), "site-packages", ".partial"]
+    files = [file for kind in KINDS for file in (bundles[0] / kind).iterdir() if file.is_file()]
+    assert sum(file.suffix in (".onnx", ".pt2") for file in files) == 6
+    for file in files:
+        content = file.read_bytes()
+        for folder in here:
+            assert folder.encode() not in content, (file, folder)
+
+
+def test_the_same_export_has_the_same_bytes(grey: nn.Module, tmp_path: Path) -> None:
+    first, second = (exported(grey, tmp_path / name, GREY).sha256 for name in ("a", "b"))
+    assert first == second
+
+
+def _preprocessing(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "preprocessing.json").read_text())
 
 
 @pytest.mark.parametrize("kind", ["3x3 grey", "vit"])
 def test_the_config_claims_this_run_and_nothing_of_imagenet(kind: str, bundles: Any) -> None:
-    folder, reports, _ = bundles
+    folder, reports = bundles
     config = json.loads((folder / kind / "config.json").read_text())
     claimed = config["pretrained_cfg"]
     side = 64
@@ -168,17 +168,28 @@ def test_the_config_claims_this_run_and_nothing_of_imagenet(kind: str, bundles: 
 
 
 def test_preprocessing_json_says_what_the_images_need(grey: nn.Module, tmp_path: Path) -> None:
-    exported(grey, tmp_path / "out", KINDS["3x3 grey"], bit_depth=12)
-    said = json.loads((tmp_path / "out" / "preprocessing.json").read_text())
+    exported(grey, tmp_path / "out", GREY, bit_depth=12)
+    said = _preprocessing(tmp_path / "out")
     assert said["enlarge"] == {"factor": 2, "interpolation": "nearest"}
     assert (said["size"], said["resize"], said["channels"], said["bit_depth"]) == (32, "squash", 1, 12)
-    assert (said["mean"], said["std"]) == ([0.21], [0.31])
+    assert (said["mean"], said["std"], said["divide"]) == ([0.21], [0.31], 4095)
+    assert (said["edges"], said["rounded"], said["window"]) == ("replicate", False, None)
+    assert said["forms"] == {"timm": {"file": "model.safetensors", "takes": "normalised", "size": 64}}
 
 
 def test_the_card_names_what_it_came_from_and_no_path(grey: nn.Module, tmp_path: Path) -> None:
-    report = exported(grey, tmp_path / "out", KINDS["3x3 grey"])
+    report = exported(grey, tmp_path / "out", GREY)
     card = (tmp_path / "out" / "README.md").read_text()
-    for expected in ("library_name: timm", "license: other", '- "dino"', "1" * 64, "2" * 64, "256000", "dino_weak |"):
+    for expected in (
+        "library_name: timm",
+        "license: other",
+        '- "dino"',
+        "1" * 64,
+        "2" * 64,
+        "4" * 64,
+        "256000",
+        "dino_weak |",
+    ):
         assert expected in card
     assert "| images in the dataset | train 200, test 40 |" in card
     assert "| timm | not provided |" in card
@@ -199,18 +210,18 @@ def test_what_exists_and_is_no_export_is_never_touched(grey: nn.Module, tmp_path
     dangling.symlink_to(tmp_path / "nowhere")
     for out in (folder, file, dangling):
         with pytest.raises(UserError, match="not an earlier export"):
-            exported(grey, out, KINDS["3x3 grey"], overwrite=True)
+            exported(grey, out, GREY, overwrite=True)
     assert file.read_text() == "mine"
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["data", "file", "link"]
 
 
 def test_an_earlier_export_is_replaced_only_when_said(grey: nn.Module, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    exported(grey, out, KINDS["3x3 grey"])
+    exported(grey, out, GREY)
     with pytest.raises(UserError, match="say overwrite"):
-        exported(grey, out, KINDS["3x3 grey"], name="demo-v2")
+        exported(grey, out, GREY, name="demo-v2")
     assert "# demo-v1" in (out / "README.md").read_text()
-    exported(grey, out, KINDS["3x3 grey"], name="demo-v2", overwrite=True)
+    exported(grey, out, GREY, name="demo-v2", overwrite=True)
     assert "# demo-v2" in (out / "README.md").read_text()
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
@@ -221,25 +232,50 @@ def test_nothing_is_written_when_the_features_differ(
 ) -> None:
     out = tmp_path / "out"
     if earlier:
-        exported(grey, out, KINDS["3x3 grey"])
+        exported(grey, out, GREY)
     before = sorted((path.name, path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
 
     def wrong(state: dict[str, torch.Tensor], stem: str) -> dict[str, torch.Tensor]:
         state = honest(state, stem)
         return {**state, "conv1.weight": state["conv1.weight"].roll(2, dims=3)}
 
-    honest: Any = bundle.as_plain_timm_state
-    monkeypatch.setattr(bundle, "as_plain_timm_state", wrong)
+    honest: Any = timm_form.as_plain_timm_state
+    monkeypatch.setattr(timm_form, "as_plain_timm_state", wrong)
     with pytest.raises(FeaturesDiffer, match="differ by"):
-        exported(grey, out, KINDS["3x3 grey"], overwrite=True)
+        exported(grey, out, GREY, overwrite=True)
     assert sorted((path.name, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("form", ["onnx", "pt2"])
+def test_a_graph_that_differs_or_cannot_be_made_leaves_nothing(
+    form: str, backbones: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest: Any = getattr(graph_forms, f"load_{form}")
+    monkeypatch.setattr(graph_forms, f"load_{form}", lambda file: lambda pixels: honest(file)(pixels) + 2e-5)
+    kind = {**KINDS["resnet"], "forms": parse_forms(form)}
+    with pytest.raises(FeaturesDiffer, match=f"{form}: the features of the export differ by 2"):
+        exported(backbones["resnet"], tmp_path / "out", kind)
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("no such operator\nand more")
+
+    monkeypatch.setattr(torch.onnx if form == "onnx" else torch.export, "export", broken)
+    with pytest.raises(WorkFailed, match=r"\(RuntimeError: no such operator\); --forms"):
+        exported(backbones["resnet"], tmp_path / "out", kind)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_form_is_refused_and_timm_is_always_there() -> None:
+    assert parse_forms("pt2") == ("timm", "pt2")
+    with pytest.raises(UserError, match="no form 'onxx'; did you mean 'onnx'"):
+        parse_forms("timm,onxx")
 
 
 def test_a_failed_rename_leaves_the_earlier_export(
     grey: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    exported(grey, out, KINDS["3x3 grey"])
+    exported(grey, out, GREY)
     rename = Path.rename
 
     def broken(self: Path, target: Path) -> Path:
@@ -249,7 +285,7 @@ def test_a_failed_rename_leaves_the_earlier_export(
 
     monkeypatch.setattr(Path, "rename", broken)
     with pytest.raises(OSError, match="disk error"):
-        exported(grey, out, KINDS["3x3 grey"], name="demo-v2", overwrite=True)
+        exported(grey, out, GREY, name="demo-v2", overwrite=True)
     assert "# demo-v1" in (out / "README.md").read_text()
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
@@ -267,22 +303,22 @@ def test_a_failed_rename_leaves_the_earlier_export(
 )
 def test_what_does_not_fit_is_refused(changes: dict[str, Any], message: str, grey: nn.Module, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
-        exported(grey, tmp_path / "out", KINDS["3x3 grey"], **changes)
+        exported(grey, tmp_path / "out", GREY, **changes)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
-    backbone = trained(**KINDS["3x3 grey"])
+    backbone = trained(**GREY)
     with torch.no_grad():
         backbone.layer4[0].conv1.weight[0, 0, 0, 0] = torch.nan  # type: ignore[index, union-attr]
     with pytest.raises(UserError, match=r"layer4\.0\.conv1\.weight"):
-        exported(backbone, tmp_path / "out", KINDS["3x3 grey"])
+        exported(backbone, tmp_path / "out", GREY)
 
 
 def test_the_backbone_is_left_as_it_was(tmp_path: Path) -> None:
-    backbone = trained(**KINDS["3x3 grey"]).train().to(memory_format=torch.channels_last)
+    backbone = trained(**GREY).train().to(memory_format=torch.channels_last)
     before = {key: tensor.clone() for key, tensor in backbone.state_dict().items()}
-    exported(backbone, tmp_path / "out", KINDS["3x3 grey"])
+    exported(backbone, tmp_path / "out", GREY)
     assert backbone.training
     assert all(torch.equal(before[key], tensor) for key, tensor in backbone.state_dict().items())
 
@@ -290,7 +326,7 @@ def test_the_backbone_is_left_as_it_was(tmp_path: Path) -> None:
 def test_others_may_read_what_the_umask_allows(grey: nn.Module, tmp_path: Path) -> None:
     mask = os.umask(0o022)
     try:
-        exported(grey, tmp_path / "out", KINDS["3x3 grey"])
+        exported(grey, tmp_path / "out", GREY)
     finally:
         os.umask(mask)
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o755
