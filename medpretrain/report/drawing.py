@@ -107,7 +107,7 @@ def looks(
     found: dict[str, Look] = {}
     trained = gray = 0
     for name in names:
-        if name in untrained:
+        if name in untrained and name not in member_of:
             gray += 1
             found[name] = Look(UNTRAINED, DASHES[gray % len(DASHES)], "x")
         elif name not in member_of:

@@ -59,8 +59,6 @@ class Run:
     starts: list[dict[str, Any]]
     environment: list[str]
     """The lines of its environment.txt."""
-    sources: list[str]
-    """The hash of each of its backbones that was evaluated in its folder."""
 
 
 @dataclass(frozen=True)
@@ -223,22 +221,21 @@ def _run(source: Path, read: list[tuple[Path, Evaluation, Predictions]], methods
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise UserError(f"{source / RECIPE_FILE} is no recipe of this version: {where}: {first['msg']}") from None
-    own = dict.fromkeys(
-        evaluation.source.sha256
+    own = [
+        methods[evaluation.source.sha256].name
         for path, evaluation, _ in read
         if path.parent == source / EVALUATION and evaluation.source.kind == "run"
-    )
+    ]
     datasets = dataset_hashes(source)
     provenance, environment = source / PROVENANCE_FILE, source / ENVIRONMENT_FILE
     return Run(
-        name=methods[next(iter(own))].name if own else recipe.name,
+        name=own[0] if own else recipe.name,
         folder=source,
         recipe=recipe,
         rows=read_metrics(source / METRICS_FILE) if (source / METRICS_FILE).is_file() else [],
         datasets=datasets,
         starts=json.loads(provenance.read_text(encoding="utf-8"))["starts"] if datasets else [],
         environment=environment.read_text(encoding="utf-8").splitlines() if environment.is_file() else [],
-        sources=list(own),
     )
 
 
@@ -257,8 +254,8 @@ def differences(groups: Sequence[Group]) -> dict[str, list[str]]:
     """For each group's key what its settings are where the groups of the same title differ."""
     titled: dict[tuple[object, ...], list[Group]] = defaultdict(list)
     for group in groups:
-        one = group.first
-        titled[one.title, one.data.name, one.data.label, group.pretrainings, group.in_short].append(group)
+        first = group.first
+        titled[first.title, first.data.name, first.data.label, group.pretrainings, group.in_short].append(group)
     found: dict[str, list[str]] = {}
     for alike in titled.values():
         flat = [_settings(group.first) for group in alike]

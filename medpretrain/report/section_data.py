@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 
 from data_prep.dataset_info import DatasetInfo
-from medpretrain.evaluation.results import DataRecord, Value
+from medpretrain.evaluation.results import SETTING, DataRecord, Value
 from medpretrain.report.book import absent, bullets, facts, heading
 from medpretrain.report.drawing import Look
 from medpretrain.report.gather import Material
@@ -29,7 +29,11 @@ def methods_table(material: Material, look: Mapping[str, Look]) -> Table:
     rows = []
     for method in material.methods:
         source = method.source
-        about = "; ".join(f"{key} {plain(value)}" for key, value in source.about.items() if value is not None)
+        about = "; ".join(
+            f"{key.replace('_', ' ').replace('sha256', 'SHA-256')} {plain(value)}"
+            for key, value in source.about.items()
+            if value is not None and key != SETTING
+        )
         rows.append(
             [
                 word(method.name, look=look[method.name]),

@@ -1,9 +1,13 @@
-"""Runs that differ in nothing but their seed are one method, pretrained several times: their evaluations as one."""
+"""Runs that differ in nothing but their seed are one method, pretrained several times: their evaluations as one.
+
+`evaluation.pooled` does this where each pretraining was evaluated once. Here a pretraining counts once however often it
+was evaluated: folds and repeats of one backbone say nothing of pretraining again, and as pairs of a test they would
+make three pretrainings look like nine.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,23 +15,29 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from medpretrain.evaluation.intervals import RESAMPLES, summarise
-from medpretrain.evaluation.results import Predictions, SourceRecord, Unit
-from medpretrain.report.gather import Group, Material, Measured, Method, Run, rank
+from medpretrain.evaluation.results import SEED, SETTING, Predictions, SourceRecord, Unit
+from medpretrain.report.gather import Group, Material, Measured, Method, rank
 
 
 @dataclass(frozen=True)
 class Family:
-    """Several pretrainings by one recipe.
+    """Several pretrainings, or initialisations, by one recipe.
 
     Attributes:
         name: as shown.
-        runs: the pretrainings, by seed.
-        members: the methods that were evaluated, one a run.
+        members: the methods that were evaluated, by seed.
     """
 
     name: str
-    runs: list[Run]
     members: list[Method]
+
+    @property
+    def seeds(self) -> list[int]:
+        return [_seed(member) for member in self.members]
+
+
+def _seed(method: Method) -> int:
+    return int(method.source.about[SEED] or 0)
 
 
 def with_families(material: Material) -> Material:
@@ -50,23 +60,21 @@ def with_families(material: Material) -> Material:
 
 
 def families(material: Material) -> list[Family]:
-    """Runs whose recipes differ in name and seed alone, trained on the same data, each with another seed."""
-    by_source = {method.source.sha256: method for method in material.methods}
-    alike: dict[str, list[tuple[Run, Method]]] = {}
-    for run in material.runs:
-        own = [by_source[sha256] for sha256 in run.sources]
-        if len(own) == 1:
-            identity = {key: value for key, value in run.recipe.identity().items() if key not in ("name", "seed")}
-            alike.setdefault(json.dumps([identity, sorted(run.datasets)], sort_keys=True), []).append((run, own[0]))
-    found = []
-    for pairs in alike.values():
-        pairs.sort(key=lambda pair: pair[0].recipe.seed)
-        seeds = [run.recipe.seed for run, _ in pairs]
-        if len(pairs) > 1 and len(set(seeds)) == len(seeds):
-            name = family_name([method.source.name for _, method in pairs])
-            if name in {method.name for method in material.methods}:
-                name += f" ({len(pairs)} pretrainings)"
-            found.append(Family(name, [run for run, _ in pairs], [method for _, method in pairs]))
+    """Sources of one setting, pretrained on the same data, each with another seed."""
+    alike: dict[tuple[object, ...], list[Method]] = {}
+    for method in material.methods:
+        about = method.source.about
+        if about.get(SETTING) and SEED in about:
+            key = about[SETTING], method.source.kind, about.get("dataset_sha256"), about.get("step")
+            alike.setdefault(key, []).append(method)
+    found: list[Family] = []
+    for members in alike.values():
+        members.sort(key=_seed)
+        family = Family(family_name([method.source.name for method in members]), members)
+        if len(members) > 1 and len(set(family.seeds)) == len(members):
+            taken = {method.name for method in material.methods} | {other.name for other in found}
+            times = f" ({len(members)} seeds)" if family.name in taken else ""
+            found.append(Family(family.name + times, members))
     return found
 
 
@@ -102,10 +110,10 @@ def _merged(family: Family, parts: Sequence[Measured]) -> Measured:
     first = parts[0].evaluation
     units: list[Unit] = []
     predictions: list[Predictions] = []
-    for run, part in zip(family.runs, parts, strict=True):
+    for seed, part in zip(family.seeds, parts, strict=True):
         for unit in part.evaluation.units:
             number = len(units)
-            units.append(unit.model_copy(update={"number": number, "seed": run.recipe.seed, "repeat": 0}))
+            units.append(unit.model_copy(update={"number": number, "seed": seed, "repeat": 0}))
             of = part.predictions.of_unit(unit.number)
             numbers = np.full(len(of.row_R), number, np.int32)
             predictions.append(Predictions(numbers, of.row_R, of.patient_R, of.label_R, of.scores_RK))
@@ -115,7 +123,7 @@ def _merged(family: Family, parts: Sequence[Measured]) -> Measured:
     evaluation = first.model_copy(
         update={
             "source": source,
-            "seeds": [run.recipe.seed for run in family.runs],
+            "seeds": family.seeds,
             "units": units,
             "summaries": summarise(units, joined, first.data.classes, resamples=resamples),
             "seconds": sum(part.evaluation.seconds for part in parts),
@@ -130,6 +138,5 @@ def _source(family: Family) -> SourceRecord:
         key: value for key, value in records[0].about.items() if all(one.about.get(key) == value for one in records)
     }
     joined = hashlib.sha256("".join(record.sha256 for record in records).encode()).hexdigest()
-    seeds = ", ".join(str(run.recipe.seed) for run in family.runs)
-    about = {"pretrainings": len(records), "seeds": seeds, **shared}
+    about = {"pretrainings": len(records), "seeds": ", ".join(map(str, family.seeds)), **shared}
     return SourceRecord(name=family.name, kind="run", sha256=joined, architecture=records[0].architecture, about=about)

@@ -93,7 +93,7 @@ def sample_views(run: Run, mixture: Mixture) -> list[Sample] | str:
         )
         pipeline = CropPipeline(
             iter([feed]),
-            sizes=[view.size for view, _ in plan],
+            sizes=[view.size for view in recipe.views.values() for _ in range(view.count)],
             batch=len(rows),
             channels=recipe.data.channels,
             bit_depth=mixture.bit_depth,

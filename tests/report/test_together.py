@@ -23,7 +23,7 @@ def material(tmp_path_factory):
             text = (run / "recipe.yaml").read_text()
             (run / "recipe.yaml").write_text(text.replace(f"name: {name}\n", f"name: {method}_{seed}\n", 1))
             evaluation, predictions = evaluated(name, repeats=2, folds=2, strength=1 + seed)
-            own = source(f"{method}_{seed}", "run", seed=seed)
+            own = source(f"{method}_{seed}", "run", seed=seed, setting_sha256=method)
             results.write(run / "evaluation", evaluation.model_copy(update={"source": own}), predictions)
             places.append(run)
     results.write(folder / "random", *evaluated("random", repeats=2, folds=2, kind="random"))
