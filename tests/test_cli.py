@@ -72,20 +72,29 @@ def test_train_resume_evaluate_export_and_what_is_refused_on_the_way(medpretrain
 
     refused(medpretrain("train", recipe, f"run.dir={run}", "optim.lr=0.02"), "optim.lr was 0.01 and is 0.02")
     refused(medpretrain("train", recipe, f"run.dir={run}", "--resume", "never"), "--resume never")
-    refused(medpretrain("evaluate", "kn", run, small_dataset), "'knn'")
+    code, _, said = medpretrain("evaluate", "kn", run, small_dataset)
+    assert (code, "No such command 'kn'" in said) == (2, True)
     refused(medpretrain("evaluate", "knn", run, tmp_path), str(tmp_path))
-    refused(medpretrain("evaluate", "knn", tmp_path / "none", small_dataset), "neither a run")
+    refused(medpretrain("evaluate", "knn", tmp_path / "none", small_dataset), "is no run: say with --out")
+    refused(medpretrain("evaluate", "knn", "random:resnet81", small_dataset, "--out", out), "did you mean 'resnet18'")
+    refused(medpretrain("evaluate", "linear", run, small_dataset, "--variant", "exat"), "did you mean 'exact'")
+    refused(medpretrain("evaluate", "knn", run, small_dataset, "--fractions", "1,x"), "--fractions: 'x' is no number")
     refused(medpretrain("evaluate", "knn", run, small_dataset, "--baseline", "imagenet"), "'random'")
     refused(medpretrain("evaluate", "knn", run, small_dataset, "--label", "clas"), "'class'")
 
     code, text, _ = medpretrain("evaluate", "knn", run, small_dataset, "--baseline", "random", "--k", "5")
     assert code == 0
     assert "accuracy" in text
-    assert len(list((run / "evaluation").glob("knn-class-*.json"))) == 1
+    assert len(list((run / "evaluation").glob("knn-weighted-class-*.evaluation.json"))) == 2  # the run and its random
+    code, _, _ = medpretrain("report", run, tmp_path / "page", "--no-images")
+    assert code == 0
+    assert "knn" in (tmp_path / "page" / "index.html").read_text().lower()
+    refused(medpretrain("report", run, tmp_path / "page"), "--overwrite")
     one = run / "checkpoints" / "step-00000003"
     assert medpretrain("evaluate", "knn", one, small_dataset)[0] == 0
     at(one)  # nothing was written into it
     assert medpretrain("evaluate", "linear", run, small_dataset, "--label", "modality")[0] == 0
+    assert "IR" in medpretrain("evaluate", "imbalance", small_dataset)[1]
 
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "thesis.txt").write_text("mine")
@@ -93,10 +102,10 @@ def test_train_resume_evaluate_export_and_what_is_refused_on_the_way(medpretrain
     refused(medpretrain("train", recipe, f"run.dir={tmp_path / 'theirs'}"), "not a run")
     refused(medpretrain("train", recipe, f"run.dir={tmp_path / 'theirs'}", "--resume", one), "not a run")
     assert [path.name for path in (tmp_path / "theirs").iterdir()] == ["thesis.txt"]
-    assert medpretrain("export", run, out)[0] == 0
+    assert medpretrain("export", run, out, "--forms", "timm")[0] == 0
     assert {"config.json", "model.safetensors", "README.md"} <= {path.name for path in out.iterdir()}
     refused(medpretrain("export", run, out), "overwrite")
-    assert medpretrain("export", run, out, "--overwrite")[0] == 0
+    assert medpretrain("export", run, out, "--overwrite", "--forms", "timm")[0] == 0
 
 
 def test_a_checkpoint_of_another_dataset_is_refused(medpretrain, recipe, tmp_path, small_dataset):

@@ -8,7 +8,8 @@ import torch
 from data_prep.dataset import Dataset
 from data_prep.errors import UserError
 from medpretrain.checkpoints import at, read
-from medpretrain.evaluation.of_run import evaluate_run
+from medpretrain.evaluation.of_source import evaluate_source
+from medpretrain.evaluation.protocols import Knn
 from medpretrain.export.of_run import export_run
 from medpretrain.recipe_file import load_recipe
 from medpretrain.tracking import of_run
@@ -68,7 +69,8 @@ def test_a_run_on_two_datasets_from_training_to_export(tmp_path, small_dataset, 
     facts = load_run(whole.run).dataset
     assert sum(facts["splits"].values()) == 66 + 30
     for dataset in (small_dataset, colour_dataset):
-        assert evaluate_run("knn", whole.run, dataset, k=3, device="cpu")["trained"].dataset_sha256 in hashes
-    export_run(whole.run, tmp_path / "out")
+        (measured,) = evaluate_source(Knn(k=3), str(whole.run), dataset, device="cpu", resamples=0)
+        assert measured.data.sha256 in hashes
+    export_run(whole.run, tmp_path / "out", forms="timm")
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"| dataset SHA-256 | {hashes[0]}, {hashes[1]} |" in card
