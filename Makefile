@@ -4,13 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV := $(BIN)/uv
 
-.PHONY: demo test test-cluster cluster-packages test-gpu lint lock clean
+.PHONY: demo test test-cluster cluster-packages test-browser browser-packages test-gpu lint lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/medpretrain demo $(if $(OUT),--out $(OUT))
 
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu and not cluster" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu and not cluster and not browser" $(ARGS)
 
 # Hosts on this machine: network namespaces, Debian's SLURM, sshd and buildah. As root, on Debian.
 test-cluster: $(VENV)/.installed
@@ -19,6 +19,14 @@ test-cluster: $(VENV)/.installed
 cluster-packages:
 	apt-get update -qq
 	DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $$(cat tests/cluster/packages.txt)
+
+# Pages as Chromium shows them.
+test-browser: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/report $(ARGS)
+
+browser-packages:
+	apt-get update -qq
+	DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $$(cat tests/report/packages.txt)
 
 test-gpu: $(VENV)/.installed
 	$(BIN)/python -m pytest -m gpu $(ARGS)

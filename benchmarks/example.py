@@ -23,11 +23,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SEEDS = (0, 1, 2)
+EXACT = ["--drop-duplicates", "exact"]
 PREPARED = {
-    "mednist": ["images", "mednist", "--labels", "mednist", "--split", "train=0.8,val=0.1,test=0.1"],
+    "mednist": ["images", "mednist", "--labels", "mednist", "--split", "train=0.8,val=0.1,test=0.1", *EXACT],
     "breastmnist": ["images", "breastmnist/breastmnist.npz", "--labels", "breastmnist"],
-    "fundus": ["retina", "fundus", "--labels", "fundus", "--patient-pattern", r"/(\d+)_(?:left|right)"]
-    + ["--split", "train=0.7,val=0.1,test=0.2"],
+    "fundus": [
+        *("retina", "fundus", "--labels", "fundus", "--patient-pattern", r"/(\d+)_(?:left|right)"),
+        *("--split", "train=0.7,val=0.1,test=0.2"),
+    ],
 }
 SMALL = [
     "data.channels=1",
@@ -98,7 +101,7 @@ def evaluations(work: Path) -> dict[str, list[str]]:
 def spaces(work: Path) -> dict[str, list[str]]:
     """Arguments of `medpretrain evaluate space`."""
     breast, fundus = (str(work / "shards" / name) for name in ("breastmnist", "fundus"))
-    runs = {name: breast for name in MEDNIST} | {f"dino_{name}_0": fundus for name in DINO}
+    runs = dict.fromkeys(MEDNIST, breast) | {f"dino_{name}_0": fundus for name in DINO}
     return {f"{name}-space": ["space", str(work / "runs" / name), data] for name, data in runs.items()}
 
 

@@ -159,6 +159,22 @@ def export(
 
 
 @app.command()
+def report(
+    folders: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN... OUT", help="run folders or folders of evaluations; then the new folder"),
+    ],
+    no_images: Annotated[bool, typer.Option("--no-images", help="show no pictures of patients")] = False,
+    title: Annotated[str | None, typer.Option(help="of the page", show_default=False)] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier report")] = False,
+) -> None:
+    """One page that shows what runs have come to, with figures and tables as files."""
+    from medpretrain.report.write import report_command
+
+    report_command(folders, not no_images, title, overwrite)
+
+
+@app.command()
 def sync(
     run: RunFolder,
     uri: Annotated[

@@ -65,7 +65,7 @@ def prepare(folder: Path) -> None:
 
 
 def load(folder: Path, key: str, count: int) -> NDArray[np.float32] | None:
-    """The features (count, D) kept under a key; None for none, or a damaged file, which is warned of."""
+    """The features (count, D) kept under a key; None where there are none, or damaged ones, which is warned of."""
     path = _path(folder, key)
     if not path.is_file():
         return None
@@ -74,13 +74,11 @@ def load(folder: Path, key: str, count: int) -> NDArray[np.float32] | None:
             said = file.metadata() or {}
             features: NDArray[np.float32] = file.get_tensor("features")
     except (OSError, SafetensorError) as error:
-        _warn_of_damage(path, str(error))
-        return None
-    if said.get("key") != key or said.get("sha256") != _digest(features):
-        _warn_of_damage(path, "its SHA-256 is another")
-        return None
-    if features.dtype != np.float32 or features.ndim != 2 or len(features) != count:
-        _warn_of_damage(path, f"it holds {features.dtype} {features.shape}")
+        damage: str | None = str(error)
+    else:
+        damage = _damage(features, said, key, count)
+    if damage is not None:
+        _log.warning("%s is damaged (%s): the features are computed anew", path, damage)
         return None
     return features
 
@@ -104,5 +102,9 @@ def _digest(features: NDArray[np.float32]) -> str:
     return hashlib.sha256(np.ascontiguousarray(features).data).hexdigest()
 
 
-def _warn_of_damage(path: Path, why: str) -> None:
-    _log.warning("%s is damaged (%s): the features are computed anew", path, why)
+def _damage(features: NDArray[np.float32], said: dict[str, str], key: str, count: int) -> str | None:
+    if said.get("key") != key or said.get("sha256") != _digest(features):
+        return "its SHA-256 is another"
+    if features.dtype != np.float32 or features.ndim != 2 or len(features) != count:
+        return f"it holds {features.dtype} {features.shape}"
+    return None

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -109,8 +108,8 @@ def extract(
 ) -> NDArray[np.float32]:
     """Features (len(rows), D) in the order of the rows, by this process alone.
 
-    The backbone is moved to the device and put into eval mode, and stays so. Images are read and decoded while it
-    computes.
+    The backbone is moved to the device (channels last) and put into eval mode, and stays so. Images are read and
+    decoded while it computes.
 
     Args:
         backbone: maps (n, C, S, S) to (n, D).
@@ -134,7 +133,8 @@ def extract(
     if batch is None:
         batch = min(_LARGEST_BATCH, max(8, _BATCH_PIXELS.get(device.type, 2**20) // preprocessing.size**2))
     batch = -(-len(rows) // -(-len(rows) // batch))  # as many batches, all alike: the last is not filled up for nothing
-    backbone.to(device).eval()
+    # Convolutions of large images take a fifth less time with channels last, those of small ones as long as before.
+    backbone.to(device).eval().to(memory_format=torch.channels_last)
     images = batches(
         dataset,
         rows,
@@ -149,7 +149,7 @@ def extract(
     waiting: Tensor | None = None
     with torch.inference_mode():
         for part in images:
-            computed = backbone(part.to(device)).float()
+            computed = backbone(part.to(device, memory_format=torch.channels_last)).float()
             if waiting is not None:  # fetched only now: a GPU already has the next batch to compute
                 found.append(waiting.cpu().numpy())
             waiting = computed
@@ -188,13 +188,12 @@ def _shared(source: Source, dataset: Dataset, rows: NDArray[np.int64], process: 
         assert part is not None
         return part
     width = _agree_to_go_on(failure, 0 if part is None else part.shape[1], process)
-    most = max(last - first for first, last in pairwise(bounds))
-    padded = torch.zeros(most, width, device=process.device)
+    counts = np.diff(bounds).tolist()
+    padded = torch.zeros(max(counts), width, device=process.device)
     if part is not None:
         padded[: len(part)] = torch.from_numpy(part)
     gathered = [torch.empty_like(padded) for _ in range(process.world)]
     dist.all_gather(gathered, padded)
-    counts = np.diff(bounds).tolist()
     return np.concatenate([one[:count].cpu().numpy() for one, count in zip(gathered, counts, strict=True)])
 
 

@@ -72,8 +72,8 @@ class Regression:
         self._x32 = self._x.astype(np.float32)
         self._stride = max(1, n // (_PRECONDITIONER_ROWS * self._x.shape[1]))
 
-    def fit(self, C: float, start: Optimum | None = None) -> Optimum:
-        """The optimum for one C; `start` (the optimum for another C) saves steps and changes nothing else."""
+    def fit(self, C: float, start: Optimum | None = None, *, tolerance: float = TOLERANCE) -> Optimum:
+        """The optimum for one C, to a gradient of `tolerance`; `start`, for another C or less exact, saves steps."""
         n, d = self._x.shape
         penalty_D1 = np.full((d, 1), (2.0 if self._k == 2 else 1.0) / C)
         penalty_D1[-1] = 0.0
@@ -86,7 +86,7 @@ class Regression:
             residual_NK[np.arange(n), self._labels] -= 1.0
             gradient_DK = self._x.T @ residual_NK + penalty_D1 * w_DK
             size = float(np.abs(gradient_DK).max()) / n
-            if size <= TOLERANCE or step == _NEWTON_STEPS:
+            if size <= tolerance or step == _NEWTON_STEPS:
                 break
             accuracy = min(_LOOSEST, max(_TIGHTEST, size**0.5))
             x_ND = self._x32 if step < _IN_FLOAT32 else self._x

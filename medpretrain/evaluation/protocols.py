@@ -142,6 +142,7 @@ def score(
             "chosen_on": probe.chosen_on,
             "iterations": probe.iterations,
             "converged": probe.converged,
+            "gradient": probe.gradient,
         }
         return Scored(probe.scores, used)
     setting = probe_setting(asked.variant)

@@ -129,7 +129,8 @@ def conversion(preprocessing: Preprocessing, dataset: Dataset) -> str | None:
 
 
 def _run(folder: Path) -> Source:
-    trained = load_run(folder)
+    with torch.random.fork_rng(devices=[]):  # it seeds torch's generator with the recipe's seed
+        trained = load_run(folder)
     recipe, step = trained.recipe, trained.info.step
     about: dict[str, Value] = {
         "method": recipe.method["name"],

@@ -1,8 +1,7 @@
 """Runs that differ in nothing but their seed are one method, pretrained several times: their evaluations as one.
 
-`evaluation.pooled` does this where each pretraining was evaluated once. Here a pretraining counts once however often it
-was evaluated: folds and repeats of one backbone say nothing of pretraining again, and as pairs of a test they would
-make three pretrainings look like nine.
+A pretraining counts once however often it was evaluated: folds and repeats of one backbone say nothing of pretraining
+again, and as pairs of a test they would make three pretrainings look like nine.
 """
 
 from __future__ import annotations

@@ -120,9 +120,7 @@ def test_an_interval_that_the_patients_cannot_give_is_refused_before_an_image_is
 
 def test_the_table_shows_the_difference_and_what_must_be_known(small_dataset: Path) -> None:
     images = choose_images(Dataset.open(small_dataset), label="class")
-    done = [
-        evaluate(Knn(k=3), tiny(name), images, label="class", resamples=100)[0] for name in ("trained", "random")
-    ]
+    done = [evaluate(Knn(k=3), tiny(name), images, label="class", resamples=100)[0] for name in ("trained", "random")]
     worse = done[1].summaries[0].model_copy(update={"mean": {**done[1].summaries[0].mean, "accuracy": 0.25}})
     done[1] = done[1].model_copy(update={"summaries": [worse]})
     console = Console(width=160, record=True, file=io.StringIO())

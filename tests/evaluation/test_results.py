@@ -10,7 +10,6 @@ import pytest
 from data_prep.errors import UserError
 from medpretrain.evaluation.intervals import summarise
 from medpretrain.evaluation.metrics import metrics
-from medpretrain.evaluation.pooled import pooled
 from medpretrain.evaluation.results import DataRecord, Evaluation, Predictions, SourceRecord, Unit, read, write
 
 CLASSES = ["benign", "malignant"]
@@ -127,35 +126,3 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Monkey
         write(tmp_path, *made())
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
     assert path.name in before
-
-
-def test_runs_that_differ_in_their_seed_are_one_method() -> None:
-    runs = [made(seed=s, name=f"weak_{s}", setting_sha256="w", seed_=s) for s in (1, 0)]
-    runs = [
-        (
-            one.model_copy(
-                update={"source": one.source.model_copy(update={"about": {"setting_sha256": "w", "seed": s}})}
-            ),
-            p,
-        )
-        for (one, p), s in zip(runs, (1, 0), strict=True)
-    ]
-    alone = made(seed=7, name="strong", setting_sha256="s", seed_=0)
-    (together, scores), other = pooled([*runs, alone])
-    assert other[0] is alone[0]
-    assert together.source.name == "weak"
-    assert together.source.about == {"setting_sha256": "w", "pretraining_seeds": "0, 1"}
-    assert [unit.repeat for unit in together.units] == [0, 1, 2, 3]
-    assert together.repeats == 4
-    means = [run.summaries[0].mean["auroc"] for run, _ in runs]
-    assert together.summaries[0].mean["auroc"] == pytest.approx(np.mean(means))
-    np.testing.assert_array_equal(scores.of_unit(0).scores_RK, runs[1][1].of_unit(0).scores_RK)  # seed 0 comes first
-    np.testing.assert_array_equal(scores.of_unit(2).scores_RK, runs[0][1].of_unit(0).scores_RK)
-
-
-def test_runs_measured_on_other_data_are_not_pooled() -> None:
-    one, scores = made()
-    about = {"setting_sha256": "w", "seed": 0}
-    one = one.model_copy(update={"source": one.source.model_copy(update={"about": about})})
-    other = one.model_copy(update={"data": one.data.model_copy(update={"sha256": "b" * 64})})
-    assert len(pooled([(one, scores), (other, scores)])) == 2

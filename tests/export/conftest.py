@@ -1,4 +1,4 @@
-"""One export of each kind for all tests of the room: the ONNX exporter takes seconds."""
+"""One export of each kind for all tests of the room, made when it is first asked for: ONNX's exporter takes seconds."""
 
 from __future__ import annotations
 
@@ -16,10 +16,29 @@ def backbones() -> dict[str, nn.Module]:
     return {kind: trained(**settings).eval() for kind, settings in KINDS.items()}
 
 
+class Reports(dict[str, ExportReport]):
+    def __init__(self, folder: Path, backbones: dict[str, nn.Module]) -> None:
+        super().__init__()
+        self._folder, self._backbones = folder, backbones
+
+    def __missing__(self, kind: str) -> ExportReport:
+        self[kind] = exported(self._backbones[kind], self._folder / kind, KINDS[kind])
+        return self[kind]
+
+
+class Folder:
+    def __init__(self, path: Path, reports: Reports) -> None:
+        self._path, self._reports = path, reports
+
+    def __truediv__(self, name: str) -> Path:
+        if name in KINDS:
+            _ = self._reports[name]
+        return self._path / name
+
+
 @pytest.fixture(scope="session")
-def bundles(
-    tmp_path_factory: pytest.TempPathFactory, backbones: dict[str, nn.Module]
-) -> tuple[Path, dict[str, ExportReport]]:
+def bundles(tmp_path_factory: pytest.TempPathFactory, backbones: dict[str, nn.Module]) -> tuple[Folder, Reports]:
     """A folder with an export of each kind by its name, to be left as it is, and the reports."""
-    folder = tmp_path_factory.mktemp("bundles")
-    return folder, {kind: exported(backbones[kind], folder / kind, settings) for kind, settings in KINDS.items()}
+    path = tmp_path_factory.mktemp("bundles")
+    reports = Reports(path, backbones)
+    return Folder(path, reports), reports

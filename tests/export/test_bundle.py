@@ -14,7 +14,7 @@ from torch import nn
 
 from data_prep.errors import UserError, WorkFailed
 from medpretrain.export import graph_forms, timm_form
-from medpretrain.export.bundle import ExportReport, FeaturesDiffer, parse_forms
+from medpretrain.export.bundle import FeaturesDiffer, parse_forms
 from medpretrain.export.provenance import Provenance
 from tests.export.kinds import KINDS, PROVENANCE, exported, trained
 
@@ -56,7 +56,7 @@ GREY = {**KINDS["3x3 grey"], "forms": ("timm",)}
 @pytest.fixture(scope="module")
 def fresh(
     tmp_path_factory: pytest.TempPathFactory,
-    bundles: tuple[Path, dict[str, ExportReport]],
+    bundles: Any,
     backbones: dict[str, nn.Module],
 ) -> dict[str, dict[str, Any]]:
     """What a fresh process found in each export."""
@@ -218,7 +218,7 @@ def test_what_exists_and_is_no_export_is_never_touched(grey: nn.Module, tmp_path
 def test_an_earlier_export_is_replaced_only_when_said(grey: nn.Module, tmp_path: Path) -> None:
     out = tmp_path / "out"
     exported(grey, out, GREY)
-    with pytest.raises(UserError, match="say overwrite"):
+    with pytest.raises(UserError, match="say --overwrite"):
         exported(grey, out, GREY, name="demo-v2")
     assert "# demo-v1" in (out / "README.md").read_text()
     exported(grey, out, GREY, name="demo-v2", overwrite=True)

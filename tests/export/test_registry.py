@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -22,7 +21,7 @@ from medpretrain.recipe_file import load_recipe
 from medpretrain.tracking import session
 from medpretrain.tracking.state import RunState
 from tests.export.kinds import MEAN, PROVENANCE, STD
-from tests.tracking.runs import free_port
+from tests.tracking.runs import free_port, stop_server
 
 mlflow = pytest.importorskip("mlflow", reason="the train extra brings it")
 FORMS: Any = ("timm", "onnx", "pt2")
@@ -73,7 +72,7 @@ def test_a_version_is_the_export_itself_with_its_hashes_and_belongs_to_the_run(
     for file in out.iterdir():
         assert (folder / file.name).read_bytes() == file.read_bytes(), file.name
     requirements = (folder / "requirements.txt").read_text().split()
-    assert [line.partition("==")[0] for line in requirements] == ["mlflow", "numpy", "onnx", "onnxruntime"]
+    assert sorted(line.partition("==")[0] for line in requirements) == ["mlflow", "numpy", "onnx", "onnxruntime"]
 
     # The same again is no new version, though the alias moves; another is, of the same run.
     assert "retina/1," in register(asked("retina", store, "other"), tmp_path / "run", recipe, out)
@@ -95,6 +94,7 @@ def test_a_served_version_answers_with_the_features_and_knows_nothing_of_medpret
         (tmp_path / "poison" / package / "__init__.py").write_text("raise ImportError('not here')")
     port = free_port()
     environment = {**os.environ, **session.ENVIRONMENT, "MLFLOW_TRACKING_URI": store, "MLFLOW_REGISTRY_URI": store}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # MLflow calls uvicorn by its name
     log = tmp_path / "served.log"
     with log.open("w") as stream:
         server = subprocess.Popen(
@@ -102,7 +102,7 @@ def test_a_served_version_answers_with_the_features_and_knows_nothing_of_medpret
                 *(sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/served@champion"),
                 *("--env-manager", "local", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
             ],
-            env={**environment, "PYTHONPATH": str(tmp_path / "poison")},
+            env={**environment, "PYTHONPATH": str(tmp_path / "poison"), "PATH": path},
             cwd=tmp_path,
             stdout=stream,
             stderr=subprocess.STDOUT,
@@ -119,8 +119,7 @@ def test_a_served_version_answers_with_the_features_and_knows_nothing_of_medpret
         with urllib.request.urlopen(request, timeout=60) as answer:
             served = np.array(json.load(answer)["predictions"]["features"], np.float32)
     finally:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait(30)
+        stop_server(server)
     with torch.inference_mode():
         features = backbones["resnet"]((images - MEAN[0]) / STD[0]).numpy()
     assert np.abs(served - features).max() <= 1e-5
