@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -84,7 +85,9 @@ def _files(folder: str, name: str, endings: Iterable[str]) -> str:
 
 
 def paragraph(text: str, kind: str = "") -> str:
-    return f'<p class="{kind}">{escape(text)}</p>' if kind else f"<p>{escape(text)}</p>"
+    """Text; what stands between backticks is a command."""
+    inside = re.sub("`([^`]+)`", r"<code>\1</code>", escape(text))
+    return f'<p class="{kind}">{inside}</p>' if kind else f"<p>{inside}</p>"
 
 
 def absent(text: str) -> str:

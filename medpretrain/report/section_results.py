@@ -57,10 +57,11 @@ def results_section(
     parts.append(book.table(comparison_table(group, fraction, look, stem, tests)))
     shown = ("auroc", "aupr", "balanced_accuracy")
     parts.append(book.panels([interval_picture(group, fraction, look, stem, metric) for metric in shown]))
-    parts += _tests(book, tests, stem)
     if group.in_short:
+        parts.append(_folded("The differences between single pretrainings", "".join(_tests(book, tests, stem))))
         parts.append(absent("The curves of these pretrainings are above, together."))
         return "".join(parts)
+    parts += _tests(book, tests, stem)
     if len(group.fractions) > 1:
         parts.append(heading(4, "How much the labels matter"))
         for place, metric in enumerate(TESTED):

@@ -96,7 +96,8 @@ footer { margin-top: 50px; border-top: 1px solid var(--line); padding-top: 12px;
   nav, .choose, .files { display: none !important; }
   [hidden] { display: revert !important; } .panel[hidden] { display: block !important; }
   h2, h3, h4 { break-after: avoid; } tr, .panel, .strip { break-inside: avoid; }
-  .scroll { overflow: visible; } table { font-size: 8pt; } th, td { padding: 3px 7px 3px 0; }
+  .scroll { overflow: visible; } table { font-size: 8pt; }
+  td small, th small { font-size: 6.5pt; } th, td { padding: 3px 7px 3px 0; }
   tbody th, .number { white-space: normal; } .strip { flex-wrap: wrap; overflow: visible; }
   .panels, .panels.few, .panels.four { grid-template-columns: 1fr 1fr; }
   .panels.small { grid-template-columns: 1fr 1fr 1fr; } tbody th { position: static; }

@@ -175,6 +175,9 @@ _LATEX = {
     "\N{MULTIPLICATION SIGN}": r"$\times$",
     "\N{MINUS SIGN}": "$-$",
     "≤": r"$\le$",
+    "↓": r"$\downarrow$",
+    "↑": r"$\uparrow$",
+    "→": r"$\rightarrow$",
     "±": r"$\pm$",
     '"': "''",
 }

@@ -136,6 +136,11 @@ def test_confusion_and_classes_are_the_records(made, linear):
         assert float(row["aupr_low"]) <= mean <= float(row["aupr_high"])
 
 
+def test_latex_tables_are_of_letters_that_every_latex_knows(made):
+    for path in (made / "tables").glob("*.tex"):
+        assert path.read_text().isascii(), path.name
+
+
 def test_imbalance_is_that_of_the_training_images(made):
     expected = imbalance(data("organ").train_counts, data("organ").classes)
     (row,) = rows(made, "results-2-imbalance")
@@ -172,7 +177,7 @@ def test_the_page_may_load_and_send_nothing(page):
 def test_what_is_missing_is_said(small, tmp_path):
     page = unescape(report(small, tmp_path / "out").read_text())
     assert "None of the folders is a run: there are no training curves" in page
-    assert "Nothing is known of the feature space" in page
+    assert "Nothing is known of the feature space: <code>medpretrain evaluate space</code>" in page
     assert "the dataset is out of reach" in page
 
 
