@@ -5,10 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
+from data_prep.dataset import Dataset
 from medpretrain.data.augment import apply, pixel_noise
 from medpretrain.data.batches import Batch, Stream
 from medpretrain.data.mixture import Mixture
 from medpretrain.data.views import BiasField, Blur, Jitter, Noise, View
+from medpretrain.evaluation.evaluate import evaluate
+from medpretrain.evaluation.knn import knn_scores
+from medpretrain.evaluation.plan import choose_images
+from medpretrain.evaluation.protocols import FineTune, Knn, Linear
+from medpretrain.evaluation.source import open_source
 from medpretrain.methods import METHODS
 from medpretrain.recipe import Recipe
 from medpretrain.training.loop import train
@@ -98,3 +104,27 @@ def test_a_run_in_bf16_trains_and_saves(cuda, small_dataset, tmp_path):
     finished = train(recipe)
     assert finished.step == 6
     assert finished.checkpoint.is_dir()
+
+
+def test_knn_on_the_gpu_has_the_neighbours_of_the_cpu(cuda):
+    draw = torch.Generator().manual_seed(0)
+    train, test = (torch.randn(n, 64, generator=draw) for n in (3000, 200))
+    labels = torch.randint(0, 5, (3000,), generator=draw)
+    train[1000:1010] = train[0]  # ties, which the lower row wins
+    expected = knn_scores(train, labels, test, 5, k=20)
+    found = knn_scores(train.to(cuda), labels.to(cuda), test.to(cuda), 5, k=20)
+    torch.testing.assert_close(found.cpu(), expected, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "asked", [Knn(k=5), Linear(variant="modan"), FineTune(variant="modan")], ids=lambda a: a.protocol
+)
+def test_an_evaluation_on_the_gpu_is_that_of_the_cpu(asked, cuda, small_dataset):
+    dataset = Dataset.open(small_dataset)
+    source = open_source("random:resnet10t", dataset=dataset, size=32)
+    images = choose_images(dataset, label="class")
+    scores = [
+        evaluate(asked, source, images, label="class", resamples=0, process=Process(0, 1, 0, 1, device))[1].scores_RK
+        for device in (torch.device("cpu"), cuda)
+    ]
+    torch.testing.assert_close(*map(torch.from_numpy, scores), atol=0.02, rtol=0)
