@@ -33,6 +33,7 @@ FORMS = (
     "random:FOLDER (the same network untrained)"
 )
 _STEM_CONV = "conv1.weight"
+_NOT_ABOUT = ("format", "export", "preprocessing")  # of the file itself, or said elsewhere
 _LARGEST_DEFAULT = 224  # pixels; what networks are made for
 
 
@@ -293,7 +294,7 @@ def _read_weights(path: Path, sha256: str | None) -> tuple[dict[str, Tensor], di
         raise UserError(f"{path} is not the file that was exported: its SHA-256 is not the one in {PREPROCESSING}")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = {key: value for key, value in (file.metadata() or {}).items() if key != "format"}
+            metadata = {key: value for key, value in (file.metadata() or {}).items() if key not in _NOT_ABOUT}
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
     except SafetensorError as error:
         raise UserError(f"{path} is damaged: {error}") from None
