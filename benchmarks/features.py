@@ -204,9 +204,9 @@ def markdown(data: dict[str, Any]) -> str:
             )
         lines += [
             "",
-            "Decoding and network, each alone, have all the cores. Where both run on the CPU they share them, so no loop "
-            "can take less than the sum of both, unless one of them leaves cores idle; the slower of the two alone is "
-            "the bound where the network runs on a GPU, or where decoding is a small part.",
+            "Decoding and network, each alone, have all the cores. Where both run on the CPU they share them, so no "
+            "loop takes less than the sum of both, unless one of them leaves cores idle; the slower of the two alone "
+            "is the bound where the network runs on a GPU, or where decoding is a small part.",
             "",
         ]
     if data["knn"]:

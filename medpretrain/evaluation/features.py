@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 _LARGEST_BATCH = 256
 # A batch's pixels: on a CPU as few as its caches like, on a GPU as many as keep it busy.
-_BATCH_PIXELS = {"cpu": 2**20, "cuda": 2**24}
+_BATCH_PIXELS = {"cpu": 2**18, "cuda": 2**24}
+# From this size on convolutions take up to a fifth less time with channels last; at 64 pixels a fifth more.
+_CHANNELS_LAST_FROM = 160
 
 _log = logging.getLogger(__name__)
 
@@ -108,7 +110,7 @@ def extract(
 ) -> NDArray[np.float32]:
     """Features (len(rows), D) in the order of the rows, by this process alone.
 
-    The backbone is moved to the device (channels last) and put into eval mode, and stays so. Images are read and
+    The backbone is moved to the device, laid out for speed and put into eval mode, and stays so. Images are read and
     decoded while it computes.
 
     Args:
@@ -131,10 +133,11 @@ def extract(
         batches = plain_batches
     device = torch.device(device)
     if batch is None:
-        batch = min(_LARGEST_BATCH, max(8, _BATCH_PIXELS.get(device.type, 2**20) // preprocessing.size**2))
+        batch = min(_LARGEST_BATCH, max(8, _BATCH_PIXELS.get(device.type, 2**18) // preprocessing.size**2))
     batch = -(-len(rows) // -(-len(rows) // batch))  # as many batches, all alike: the last is not filled up for nothing
-    # Convolutions of large images take a fifth less time with channels last, those of small ones as long as before.
-    backbone.to(device).eval().to(memory_format=torch.channels_last)
+    large = preprocessing.size >= _CHANNELS_LAST_FROM
+    layout = torch.channels_last if large else torch.contiguous_format
+    backbone.to(device).eval().to(memory_format=layout)
     images = batches(
         dataset,
         rows,
@@ -149,7 +152,7 @@ def extract(
     waiting: Tensor | None = None
     with torch.inference_mode():
         for part in images:
-            computed = backbone(part.to(device, memory_format=torch.channels_last)).float()
+            computed = backbone(part.to(device, memory_format=layout)).float()
             if waiting is not None:  # fetched only now: a GPU already has the next batch to compute
                 found.append(waiting.cpu().numpy())
             waiting = computed

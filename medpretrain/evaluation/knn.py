@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from data_prep.errors import UserError
 
-# Similarities held at once: 2 ** 25 in float32 are 128 MiB.
-_CHUNK_ELEMENTS = 2**25
+# Similarities held at once by a core: 2 ** 24 in float32 are 64 MiB.
+_CHUNK_ELEMENTS = 2**24
 # Training features compared again at a time, in float64: on a CPU as many as its cache holds.
 _AGAIN = {"cpu": 2**8, "cuda": 2**16}
 _FEW = 2**10  # features converted at a time
@@ -54,13 +57,38 @@ def knn_scores(
     if not len(train_ND):
         raise UserError("kNN needs at least one training image")
     k = min(k, len(train_ND))
-    search = _Search(train_ND, k, len(test_MD))
     scores_MK = torch.zeros(len(test_MD), n_classes, dtype=torch.float64, device=test_MD.device)
-    for test_mD, scores_mK in zip(test_MD.split(search.rows), scores_MK.split(search.rows), strict=True):
-        similarity_mC, column_mC = search.candidates(test_mD)
-        weight_mC = _weights(similarity_mC, k, temperature, equal=train_ND.shape[1] * 2.0**-52)
-        scores_mK.scatter_add_(1, labels_N.long()[column_mC], weight_mC)
+    search = _Search(train_ND, k)
+    labels_N = labels_N.long()
+
+    def score(test_MD: Tensor, scores_MK: Tensor) -> None:
+        buffers = search.buffers(len(test_MD))
+        rows = max(1, _CHUNK_ELEMENTS // len(train_ND))
+        for test_mD, scores_mK in zip(test_MD.split(rows), scores_MK.split(rows), strict=True):
+            similarity_mC, column_mC = search.candidates(test_mD, *buffers)
+            weight_mC = _weights(similarity_mC, k, temperature, equal=train_ND.shape[1] * 2.0**-52)
+            scores_mK.scatter_add_(1, labels_N[column_mC], weight_mC)
+
+    _side_by_side(score, test_MD, scores_MK)
     return scores_MK / scores_MK.sum(dim=1, keepdim=True)
+
+
+def _side_by_side(work: Callable[[Tensor, Tensor], None], test_MD: Tensor, scores_MK: Tensor) -> None:
+    """On a CPU each core does all of the work for its part of the test images.
+
+    To meet at each of many small steps would take longer than the steps, above all where others use the cores too.
+    """
+    if not len(test_MD):
+        return
+    threads = torch.get_num_threads() if test_MD.device.type == "cpu" else 1
+    if threads == 1 or len(test_MD) < threads:
+        work(test_MD, scores_MK)
+        return
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            list(pool.map(work, test_MD.tensor_split(threads), scores_MK.tensor_split(threads)))
+    finally:
+        torch.set_num_threads(threads)
 
 
 class _Search:
@@ -72,10 +100,10 @@ class _Search:
     maximum reaches it are looked into.
     """
 
-    def __init__(self, train_ND: Tensor, k: int, asked: int) -> None:
+    def __init__(self, train_ND: Tensor, k: int) -> None:
         n, width = train_ND.shape
         self._k, self._train_ND = k, train_ND
-        stripes = min(64, max(1, n // (8 * k)))
+        stripes = min(64, max(1, n // max(8 * k, 64)))  # 64 places at least: what is beyond n is in the last stripe
         self._group = 8 if stripes >= 8 else 1
         stripes -= stripes % self._group
         places = -(-n // stripes)
@@ -94,20 +122,22 @@ class _Search:
             norms.append(norm)
         self._norm_N = torch.cat(norms)
         self._stripes = unit_ND.view(stripes, places, width).unbind()
-        self.rows = max(1, min(asked, _CHUNK_ELEMENTS // len(unit_ND)))
-        """Test images to ask for at once."""
-        # Fresh memory at each chunk would cost more than most of what is done in it.
-        self._similarity = unit_ND.new_empty(stripes * self.rows * places)
-        self._highest = unit_ND.new_empty(stripes // self._group * self.rows * places)
 
-    def candidates(self, test_mD: Tensor) -> tuple[Tensor, Tensor]:
+    def buffers(self, most: int) -> tuple[Tensor, Tensor]:
+        """What `candidates` works in; fresh memory at each call would cost more than most of what is done in it."""
+        stripes, places = len(self._stripes), len(self._stripes[0])
+        rows = min(most, max(1, _CHUNK_ELEMENTS // len(self._train_ND)))
+        similarity = self._stripes[0].new_empty(stripes * rows * places)
+        return similarity, similarity.new_empty(stripes // self._group * rows * places)
+
+    def candidates(self, test_mD: Tensor, similarity: Tensor, highest: Tensor) -> tuple[Tensor, Tensor]:
         """Similarities (m, C), float64, and columns (m, C), ascending; a row with fewer ends with -inf."""
         m, stripes, places = len(test_mD), len(self._stripes), len(self._stripes[0])
         unit_mD, _ = _unit(test_mD)
-        rounded_mD = unit_mD.to(self._similarity.dtype)
-        similarity = self._similarity[: stripes * m * places]
+        rounded_mD = unit_mD.to(similarity.dtype)
+        similarity = similarity[: stripes * m * places]
         groups = stripes // self._group
-        highest_GmW = self._highest[: groups * m * places].view(groups, m, places)
+        highest_GmW = highest[: groups * m * places].view(groups, m, places)
         for number, (stripe_WD, one) in enumerate(zip(self._stripes, similarity.split(m * places), strict=True)):
             one_mW = one.view(m, places)
             torch.mm(rounded_mD, stripe_WD.T, out=one_mW)

@@ -82,6 +82,27 @@ def test_the_neighbours_among_many_are_those_of_sorting_all(
     assert voters(train, test, k) == nearest(train, test, k)
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_any_number_of_training_images_and_of_cores_gives_the_same_neighbours(threads: int) -> None:
+    seed = secrets.randbits(32)
+    print("seed", seed)
+    generator = torch.Generator().manual_seed(seed)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for count in (1, 2, 63, 64, 65, 511, 512, 513, 577, 600, 1025, 4097):
+            train, test = torch.randn(count, 6, generator=generator), -torch.rand(7, 6, generator=generator)
+            for k in {1, min(2, count), min(9, count)}:
+                assert voters(train, test, k) == nearest(train, test, k), (count, k)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_no_test_image_gives_no_scores() -> None:
+    assert knn_scores(torch.eye(2), torch.tensor([0, 1]), torch.zeros(0, 2), 2).shape == (0, 2)
+
+
 def test_neighbours_that_float32_cannot_tell_apart_are_told_apart() -> None:
     """Similarities differ by 1e-9 and less, where float32 sees steps of 6e-8, and the far ones are in the way."""
     seed = secrets.randbits(32)
