@@ -17,7 +17,7 @@ from medpretrain.evaluation.projection import TECHNIQUES
 from medpretrain.evaluation.protocols import Asked
 from medpretrain.evaluation.results import Evaluation
 from medpretrain.evaluation.show import space_table, table
-from medpretrain.evaluation.source import Source, open_source
+from medpretrain.evaluation.source import Source, open_source, untrained
 from medpretrain.evaluation.space_of import measure_space
 from medpretrain.evaluation.space_record import SUFFIX, SpaceRecord
 from medpretrain.training.process import choose_device, joined
@@ -86,7 +86,7 @@ def evaluate_source(
     if baseline:
         if sources[0].kind == "random":
             raise UserError(f"{spec} is untrained itself: it is its own baseline")
-        sources.append(open_source(f"random:{spec.removeprefix('timm:')}", dataset=data, size=size))
+        sources.append(untrained(sources[0]))
     done = []
     with joined(device) as process:
         for source in sources:

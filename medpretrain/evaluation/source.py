@@ -105,9 +105,28 @@ def open_source(spec: str, *, dataset: Dataset, seed: int | None = None, size: i
     else:
         raise UserError(_no_such(spec, folder))
     if untrained:
-        source = _as_random(source, seed)
+        source = untrained(source, seed)
     conversion(source.preprocessing, dataset)
     return source
+
+
+def untrained(source: Source, seed: int | None = None) -> Source:
+    """The same network and preprocessing with random weights, from a seed: by default the run's own, or 0."""
+    stem: Any = source.about["stem"]
+    if seed is None:
+        seed = int(source.about.get(SEED) or 0)
+    preprocessing = source.preprocessing
+    backbone = _seeded(
+        seed,
+        lambda: create_backbone(
+            source.architecture, channels=preprocessing.channels, stem=stem, image_size=preprocessing.size
+        ),
+    )
+    about: dict[str, Value] = {SEED: seed, "stem": stem, "network_of": source.name}
+    if SETTING in source.about:
+        about[SETTING] = source.about[SETTING]
+    made = _source(f"random ({source.architecture})", "random", backbone, preprocessing, source.architecture, about)
+    return dataclasses.replace(made, view=source.view)
 
 
 def conversion(preprocessing: Preprocessing, dataset: Dataset) -> str | None:
@@ -182,24 +201,6 @@ def _random(name: str, dataset: Dataset, seed: int, size: int | None) -> Source:
     backbone = _seeded(seed, lambda: create_backbone(architecture, channels=dataset.channels, image_size=size))
     about: dict[str, Value] = {SEED: seed, "stem": "timm"}
     return _source(f"random ({name})", "random", backbone, preprocessing, architecture, about)
-
-
-def _as_random(source: Source, seed: int | None) -> Source:
-    stem: Any = source.about["stem"]
-    if seed is None:
-        seed = int(source.about.get(SEED) or 0)
-    preprocessing = source.preprocessing
-    backbone = _seeded(
-        seed,
-        lambda: create_backbone(
-            source.architecture, channels=preprocessing.channels, stem=stem, image_size=preprocessing.size
-        ),
-    )
-    about: dict[str, Value] = {SEED: seed, "stem": stem, "network_of": source.name}
-    if SETTING in source.about:
-        about[SETTING] = source.about[SETTING]
-    made = _source(f"random ({source.architecture})", "random", backbone, preprocessing, source.architecture, about)
-    return dataclasses.replace(made, view=source.view)
 
 
 def _source(
