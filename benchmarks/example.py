@@ -27,7 +27,7 @@ SEEDS = (0, 1, 2)
 EXACT = ["--drop-duplicates", "exact"]
 PREPARED = {
     "mednist": ["images", "mednist", "--labels", "mednist", "--split", "train=0.8,val=0.1,test=0.1", *EXACT],
-    "breastmnist": ["images", "breastmnist/breastmnist.npz", "--labels", "breastmnist"],
+    "breastmnist": ["images", "breastmnist/breastmnist.npz", "--labels", "breastmnist", *EXACT],
     "fundus": [
         *("retina", "fundus", "--labels", "fundus", "--patient-pattern", r"/(\d+)_(?:left|right)"),
         *("--split", "train=0.7,val=0.1,test=0.2"),
