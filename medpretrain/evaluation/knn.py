@@ -11,11 +11,11 @@ from torch import Tensor
 
 from data_prep.errors import UserError
 
-# Similarities held at once by a core: 2 ** 24 in float32 are 64 MiB.
-_CHUNK_ELEMENTS = 2**24
+# Similarities held at once by a core: 2 ** 25 in float32 are 128 MiB.
+_CHUNK_ELEMENTS = 2**25
 # Training features compared again at a time, in float64: on a CPU as many as its cache holds.
 _AGAIN = {"cpu": 2**8, "cuda": 2**16}
-_FEW = 2**10  # features converted at a time
+_FEW = 2**8  # features converted at a time, so that they stay in the cache
 
 
 def knn_scores(

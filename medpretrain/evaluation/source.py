@@ -89,23 +89,8 @@ def open_source(spec: str, *, dataset: Dataset, seed: int | None = None, size: i
         UserError: none of these forms; an unknown name; weights out of reach, damaged, or of a newer medpretrain; a
             size for what has its own; images that do not fit (see `conversion`).
     """
-    if spec.startswith(TIMM):
-        return _timm(spec.removeprefix(TIMM), dataset, size)
-    named = spec.removeprefix(RANDOM)
-    untrained = named != spec
-    folder = Path(named)
-    if untrained and not folder.is_dir():
-        return _random(named, dataset, seed or 0, size)
-    if size is not None:
-        raise UserError(f"{named} has its own image size; a size is for timm:NAME and random:NAME")
-    if (folder / MANIFEST).is_file() or (folder / RECIPE_FILE).is_file():
-        source = _run(folder)
-    elif (folder / PREPROCESSING).is_file():
-        source = _export(folder)
-    else:
-        raise UserError(_no_such(spec, folder))
-    if untrained:
-        source = untrained(source, seed)
+    with torch.random.fork_rng(devices=[]):  # networks draw their first weights, also those that are loaded over
+        source = _open(spec, dataset, seed, size)
     conversion(source.preprocessing, dataset)
     return source
 
@@ -147,9 +132,26 @@ def conversion(preprocessing: Preprocessing, dataset: Dataset) -> str | None:
     return "colour images as their luma" if dataset.channels == 3 else "gray images as three equal channels"
 
 
+def _open(spec: str, dataset: Dataset, seed: int | None, size: int | None) -> Source:
+    if spec.startswith(TIMM):
+        return _timm(spec.removeprefix(TIMM), dataset, size)
+    named = spec.removeprefix(RANDOM)
+    folder = Path(named)
+    if named != spec and not folder.is_dir():
+        return _random(named, dataset, seed or 0, size)
+    if size is not None:
+        raise UserError(f"{named} has its own image size; a size is for timm:NAME and random:NAME")
+    if (folder / MANIFEST).is_file() or (folder / RECIPE_FILE).is_file():
+        source = _run(folder)
+    elif (folder / PREPROCESSING).is_file():
+        source = _export(folder)
+    else:
+        raise UserError(_no_such(spec, folder))
+    return source if named == spec else untrained(source, seed)
+
+
 def _run(folder: Path) -> Source:
-    with torch.random.fork_rng(devices=[]):  # it seeds torch's generator with the recipe's seed
-        trained = load_run(folder)
+    trained = load_run(folder)
     recipe, step = trained.recipe, trained.info.step
     about: dict[str, Value] = {
         "method": recipe.method["name"],
@@ -227,10 +229,8 @@ def _identity(backbone: nn.Module, architecture: str, preprocessing: Preprocessi
 
 
 def _seeded(seed: int, make: Callable[[], nn.Module]) -> nn.Module:
-    """What `make` draws after torch.manual_seed(seed); the state of torch's generator is left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        return make()
+    torch.default_generator.manual_seed(seed)
+    return make()
 
 
 def _known(name: str, *, may_be_folder: bool = False) -> Any:
