@@ -66,11 +66,14 @@ def notes(evaluations: Sequence[Evaluation]) -> list[str]:
     units, data = first.units, first.data
     often = f"{first.folds} folds x {first.repeats}" if first.folds else "the dataset's own splits"
     many = len({unit.fraction for unit in units})
-    said = [f"{often}; {len(units)} classifiers, seeds {', '.join(map(str, first.seeds))}"]
+    said = [f"{often}; {len(units)} classifier{"s" * (len(units) > 1)}, seeds {', '.join(map(str, first.seeds))}"]
     if many == 1:
         said[0] += f"; {units[0].n_train} train, {units[0].n_test} test images"
-    used = units[0].parameters
-    settings: dict[str, Value] = {**first.parameters, **{name: used[name] for name in ("k", "C") if name in used}}
+    settings: dict[str, Value] = dict(first.parameters)
+    for name in ("k", "C"):
+        used = {unit.parameters.get(name) for one in evaluations for unit in one.units} - {None}
+        if used:
+            settings[name] = used.pop() if len(used) == 1 else "as it was chosen in each"
     if settings:
         said.append(", ".join(f"{name} {value}" for name, value in settings.items()))
     if data.patients != "known":
