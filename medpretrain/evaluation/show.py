@@ -66,7 +66,7 @@ def notes(evaluations: Sequence[Evaluation]) -> list[str]:
     units, data = first.units, first.data
     often = f"{first.folds} folds x {first.repeats}" if first.folds else "the dataset's own splits"
     many = len({unit.fraction for unit in units})
-    said = [f"{often}; {len(units)} classifier{"s" * (len(units) > 1)}, seeds {', '.join(map(str, first.seeds))}"]
+    said = [f"{often}; {len(units)} classifier{'s' * (len(units) > 1)}, seeds {', '.join(map(str, first.seeds))}"]
     if many == 1:
         said[0] += f"; {units[0].n_train} train, {units[0].n_test} test images"
     settings: dict[str, Value] = dict(first.parameters)
