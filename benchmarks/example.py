@@ -5,8 +5,7 @@
 Two questions, asked as the papers ask them, of networks small enough for two CPU cores in about two hours:
 
 - MedNIST to BreastMNIST: ModAn-MulSupCon, SimCLR, supervised and random, ResNet-18 at 32 pixels. 5 folds x 3 repeats of
-  ModAn-MulSupCon's probe and fine-tuning; label efficiency of the exact probe with 3 seeds, of the SimCLR report's
-  fine-tuning with one.
+  ModAn-MulSupCon's probe and fine-tuning; label efficiency of the exact probe, with 3 seeds.
 - Fundus: DINO with strong, weak, and weak and medical augmentation, ResNet-18 at 48 pixels, 3 seeds, split by patient.
 
 Whatever is there already is kept, so that a stopped example goes on with the same command.
@@ -88,7 +87,6 @@ def evaluations(work: Path) -> dict[str, list[str]]:
             f"{name}-linear": ["linear", source, breast, "--fractions", fractions, "--seeds", seeds, *to],
             f"{name}-linear-folds": ["linear", source, breast, "--variant", "modan", *folds, *to],
             f"{name}-folds": ["finetune", source, breast, "--variant", "modan", *folds, *to],
-            f"{name}-efficiency": ["finetune", source, breast, "--fractions", fractions, *to],
         }
     for seed in SEEDS:
         for name in DINO:
