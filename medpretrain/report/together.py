@@ -137,5 +137,10 @@ def _source(family: Family) -> SourceRecord:
         key: value for key, value in records[0].about.items() if all(one.about.get(key) == value for one in records)
     }
     joined = hashlib.sha256("".join(record.sha256 for record in records).encode()).hexdigest()
-    about = {"pretrainings": len(records), "seeds": ", ".join(map(str, family.seeds)), **shared}
-    return SourceRecord(name=family.name, kind="run", sha256=joined, architecture=records[0].architecture, about=about)
+    kind = records[0].kind
+    about = {
+        "initialisations" if kind == "random" else "pretrainings": len(records),
+        "seeds": ", ".join(map(str, family.seeds)),
+        **shared,
+    }
+    return SourceRecord(name=family.name, kind=kind, sha256=joined, architecture=records[0].architecture, about=about)
