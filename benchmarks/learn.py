@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from medpretrain.evaluation.results import SUFFIX, read
 from medpretrain.methods import METHODS, method_class
 
 STEPS = {"labels": 200, "images": 400, "byol": 600, "dino": 600, "nnclr": 600}
@@ -97,7 +98,7 @@ class Job:
 def run(job: Job) -> dict[str, Any]:
     """Train and evaluate in a process of its own; a row of the table."""
     folder = job.folder / f"{job.method}-{job.seed}"
-    found, settings = folder / "knn.json", folder / "settings.json"
+    found, settings = folder / "knn", folder / "settings.json"
     overrides = [f"data.path={job.shards}", f"run.dir={folder / 'run'}", f"seed={job.seed}", f"train.steps={job.steps}"]
     train = ["train", job.recipe, *COMMON, *SMALL[job.method], *overrides]
     # A table that was stopped goes on; a run with other settings is made anew.
@@ -109,7 +110,8 @@ def run(job: Job) -> dict[str, Any]:
         knn = ["evaluate", "knn", str(folder / "run"), str(job.shards), "--baseline", "random", "--k", "20"]
         _medpretrain(*knn, "--device", "cpu", "--out", str(found), log=folder / "knn.log")
         settings.write_text(json.dumps(train))
-    results = json.loads(found.read_text())
+    measured = [read(path)[0] for path in found.glob(f"*{SUFFIX}")]
+    results = {"random" if one.source.kind == "random" else "trained": one.summaries[0].mean for one in measured}
     metric, margin = MARGIN[job.dataset]
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     return {
