@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -15,6 +16,12 @@ chest: {modality: CT, anatomy: lung}
 head: {modality: MR, anatomy: brain}
 hand: {modality: CR, anatomy: hand}
 """
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory) -> None:
+    """Features are kept in a folder of the tests' own, not the user's."""
+    os.environ["MEDPRETRAIN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")
