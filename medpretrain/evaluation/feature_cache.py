@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 
 import medpretrain
 from data_prep.errors import UserError
-from medpretrain.evaluation.results import whole_file
+from medpretrain.whole import whole_file
 
 FORMAT = "medpretrain features"
 VERSION = 1

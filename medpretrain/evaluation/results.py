@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -18,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from data_prep.errors import UserError
 from medpretrain.evaluation.metrics import Metrics
+from medpretrain.whole import whole_file
 
 FORMAT = "medpretrain evaluation"
 VERSION = 2
@@ -255,19 +254,6 @@ def read_record(path: Path, record: type[Record], format: str, version: int) -> 
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"{path} was changed: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A name to write to; the file appears under its own when all of it is on disk, or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _digest(content: object) -> str:

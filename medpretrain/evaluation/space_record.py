@@ -18,7 +18,8 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict
 
 from data_prep.errors import UserError
-from medpretrain.evaluation.results import SourceRecord, Value, read_record, whole_file
+from medpretrain.evaluation.results import SourceRecord, Value, read_record
+from medpretrain.whole import whole_file
 
 FORMAT = "medpretrain space"
 VERSION = 1

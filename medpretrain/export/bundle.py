@@ -6,8 +6,6 @@ import copy
 import hashlib
 import os
 import re
-import shutil
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +39,7 @@ from medpretrain.export.provenance import Provenance
 from medpretrain.export.timm_form import checked_state, load_timm, write_timm
 from medpretrain.models.backbones import Stem
 from medpretrain.models.preprocessing import Preprocessing
+from medpretrain.whole import whole_folder
 
 if TYPE_CHECKING:
     from medpretrain.evaluation.results import Evaluation
@@ -154,9 +153,7 @@ def export(
     metadata = {"export": f"{FORMAT} {FORMAT_VERSION}", **provenance.header()}
     metadata["preprocessing"] = description.model_dump_json(exclude={"weights_sha256"})
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.partial"
-    try:
+    with whole_folder(out) as partial:
         features = write_timm(
             partial,
             state,
@@ -187,10 +184,6 @@ def export(
             enlarged=stem == "3x3",
             sha256={file.name: _settle(file) for file in sorted(partial.iterdir())},
         )
-        _commit(partial, out)
-    finally:
-        if partial.exists():
-            shutil.rmtree(partial)
     return report
 
 
@@ -232,22 +225,3 @@ def _settle(file: Path) -> str:
     with file.open("rb") as opened:
         os.fsync(opened.fileno())
         return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def _commit(partial: Path, out: Path) -> None:
-    if not out.exists():
-        partial.rename(out)
-    else:
-        earlier = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.replaced"
-        out.rename(earlier)
-        try:
-            partial.rename(out)
-        except OSError:
-            earlier.rename(out)
-            raise
-        shutil.rmtree(earlier)
-    folder = os.open(out.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from medpretrain.report.gather import Material, gather
 from medpretrain.report.page import GENERATOR, render
 from medpretrain.report.tables import as_csv, as_latex
 from medpretrain.report.together import with_families
+from medpretrain.whole import whole_folder
 
 PAGE, FIGURES, TABLES = "index.html", "figures", "tables"
 
@@ -43,14 +42,8 @@ def report(
     material = with_families(gather(sources))
     page, book = render(material, images=images, name=title)
     _refuse_places(page, book, sources, out, material)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.partial"
-    try:
+    with whole_folder(out) as partial:
         _write(partial, page, book)
-        _commit(partial, out)
-    finally:
-        if partial.exists():
-            shutil.rmtree(partial)
     return out / PAGE
 
 
@@ -109,22 +102,3 @@ def _is_report(folder: Path) -> bool:
         return False
     with page.open(encoding="utf-8", errors="replace") as file:
         return f'content="{GENERATOR.rpartition(" ")[0]} ' in file.read(4096)
-
-
-def _commit(partial: Path, out: Path) -> None:
-    if not out.exists():
-        partial.rename(out)
-    else:
-        earlier = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.replaced"
-        out.rename(earlier)
-        try:
-            partial.rename(out)
-        except OSError:
-            earlier.rename(out)
-            raise
-        shutil.rmtree(earlier)
-    folder = os.open(out.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from medpretrain.evaluation.results import whole_file
 from medpretrain.sweep.expand import FIRST, NOTHING, RECIPE, REMOVED, SECOND
 from medpretrain.sweep.folder import Folder
 from medpretrain.sweep.results import Point, SweepResults, points
+from medpretrain.whole import whole_file
 
 FIGURES = ("sweep.png", "sweep.svg")
 _METADATA: dict[str, dict[str, Any]] = {".png": {"Software": None}, ".svg": {"Date": None, "Creator": None}}

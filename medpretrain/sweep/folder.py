@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict
 from data_prep.errors import UserError
 from medpretrain.sweep.expand import SweepRun
 from medpretrain.sweep.sweep_file import Sweep, Value
+from medpretrain.whole import whole_file
 
 PLAN, RESULTS = "plan.json", "sweep.json"
 PLAN_FORMAT, DONE_FORMAT, VERSION = "medpretrain sweep plan", "medpretrain sweep run", 1
@@ -169,7 +170,5 @@ def _read(path: Path, record: type[Record], format: str) -> Record:
 
 
 def _write(path: Path, record: BaseModel) -> None:
-    from medpretrain.evaluation.results import whole_file
-
     with whole_file(path) as partial:
         partial.write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")

@@ -10,10 +10,11 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 from rich.table import Table
 
-from medpretrain.evaluation.results import FORMAT, VERSION, Evaluation, Interval, read_record, whole_file
+from medpretrain.evaluation.results import FORMAT, VERSION, Evaluation, Interval, read_record
 from medpretrain.sweep.expand import SEED
 from medpretrain.sweep.folder import RESULTS, Folder, Plan, PlannedRun
 from medpretrain.sweep.sweep_file import METRICS, Value
+from medpretrain.whole import whole_file
 
 CSV = "sweep.csv"
 State = Literal["done", "trained", "not done"]
